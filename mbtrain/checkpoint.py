@@ -1,0 +1,220 @@
+"""What a checkpoint is on disk: whole, hashed and named last, or it does not count. No pickle.
+
+    RUN/checkpoints/step_0000001000/
+        weights-00000-of-00002.safetensors     fp32 weights by parameter name
+        moments-00000-of-00002.safetensors     "exp_avg.<name>", "exp_avg_sq.<name>"
+        checkpoint.json                        step, position, counts, MLflow run, and sha256 of each file: written last
+
+Parameters are whole, dealt to the ranks' files in turn; so any number of ranks, ZeRO stage or precision can read them.
+The folder is written under another name and renamed when every file is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbtrain.errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the weights and moments, all that going on needs.
+
+    step             optimizer steps done
+    position         next id of the training stream
+    bytes            real bytes trained on (boundaries not counted)
+    elapsed_s        time spent training, over all parts of the run
+    optimizer_steps  updates that AdamW made
+    best             reserved for later policies; loss_scaler: fp16's scaler
+    """
+
+    step: int = 0
+    position: int = 0
+    bytes: int = 0
+    elapsed_s: float = 0.0
+    optimizer_steps: int = 0
+    dataset_hash: str = ""
+    mlflow_run_id: str | None = None
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    progress: Progress
+    files: tuple[str, ...]
+
+
+def name_of(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step_{step:010d}"
+
+
+def write_shard(folder: Path, state: Iterator[tuple[str, dict[str, Tensor]]], rank: int, ranks: int) -> dict[str, str]:
+    """Write this rank's share of the parameters into `folder`; returns sha256 by file name.
+
+    The iterator is collective, so every rank runs through all of it and keeps every ranks-th parameter.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for i, (name, whole) in enumerate(state):
+        if i % ranks == rank:
+            # A copy: what the engine gives may be its live weights, and two names may not share memory here.
+            weights[name] = whole["weight"].clone(memory_format=torch.contiguous_format)
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[f"{key}.{name}"] = whole[key].clone(memory_format=torch.contiguous_format)
+    part = f"{rank:05d}-of-{ranks:05d}.safetensors"
+    files = {f"weights-{part}": weights, f"moments-{part}": moments}
+    return {file: _write_tensors(folder / file, tensors) for file, tensors in files.items()}
+
+
+def begin(run: Path, step: int) -> Path:
+    """An empty folder to write a checkpoint into; call on one rank."""
+    folder = run / "checkpoints" / f".{name_of(step)}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def finish(folder: Path, progress: Progress, hashes: dict[str, str], keep_last: int) -> Path:
+    """Name a folder whose files are all written; removes checkpoints beyond keep_last. Call on one rank."""
+    record = {"format": FORMAT, "progress": asdict(progress), "sha256": hashes}
+    write_atomically(folder / "checkpoint.json", json.dumps(record, indent=1).encode())
+    final = folder.parent / name_of(progress.step)
+    if final.exists():  # the same step saved again: it holds the same state, but the new one is known to be whole
+        shutil.rmtree(final)
+    os.replace(folder, final)
+    _sync_folder(final.parent)
+    for old in _candidates(final.parent)[keep_last:]:
+        shutil.rmtree(old, ignore_errors=True)
+    for leftover in final.parent.glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return final
+
+
+def verify(path: Path) -> Checkpoint:
+    """Read a checkpoint's record and compare every file with its hash. Raises CheckpointError naming the file."""
+    record_path = path / "checkpoint.json"
+    try:
+        record: dict[str, Any] = json.loads(record_path.read_bytes())
+        progress = Progress(**record["progress"])
+        hashes: dict[str, str] = record["sha256"]
+        found = record["format"]
+    except OSError as error:
+        raise CheckpointError(f"{record_path}: {error.strerror}; this is not a whole checkpoint") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{record_path}: damaged ({error})") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{record_path}: format {found}, this version reads {FORMAT}")
+    for name, expected in hashes.items():
+        file = path / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{record_path}: {name!r} is no plain file name")
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file_hash(file) != expected:
+            raise CheckpointError(f"{file}: its content is not what was written (sha256 differs)")
+    return Checkpoint(path, progress, tuple(hashes))
+
+
+def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies, and what was wrong with the newer ones."""
+    problems: list[str] = []
+    for path in _candidates(run / "checkpoints"):
+        try:
+            return verify(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def find(path: str | Path) -> tuple[Path, Checkpoint]:
+    """(run directory, checkpoint) of a run directory or of a checkpoint in it. Raises CheckpointError."""
+    path = Path(path)
+    if (path / "checkpoint.json").exists():
+        return path.resolve().parent.parent, verify(path)
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"{path}: neither a run directory (no config.yaml) nor a checkpoint in one")
+    found, problems = newest(path)
+    if found is None:
+        said = f" ({'; '.join(problems)})" if problems else ""
+        raise CheckpointError(f"{path}: no whole checkpoint in it{said}; train it first: mbtrain train CONFIG --run={path}")
+    return path, found
+
+
+def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """fp32 weights by parameter name."""
+    return _load(checkpoint, "weights-")
+
+
+def load_state(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """By parameter name: {"weight", "exp_avg", "exp_avg_sq"}, fp32."""
+    state = {name: {"weight": weight} for name, weight in load_weights(checkpoint).items()}
+    for key, value in _load(checkpoint, "moments-").items():
+        moment, name = key.split(".", 1)
+        state[name][moment] = value
+    return state
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    from safetensors.torch import save
+
+    content = save(tensors)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _load(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for name in checkpoint.files:
+        if name.startswith(prefix):
+            tensors |= load_file(checkpoint.path / name)
+    return tensors
+
+
+def _candidates(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_[0-9]*"), reverse=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

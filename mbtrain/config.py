@@ -1,0 +1,458 @@
+"""Typed, frozen, validated configuration. Values come from defaults < preset < YAML file < --dotted.overrides.
+
+    config = load("configs/quickstart.yaml", {"optim.lr": "3e-4", "model.stages.0.d_model": "512"})
+
+Overrides arrive as raw strings and are coerced by the type of their field, so `--name=007` stays "007". Every error
+is one ConfigError line: dotted path, value, and what is allowed. Nothing is mutated after validation; what follows
+from other values (vocabulary, accumulation steps) is a function here, not a field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mbtrain import vocab
+from mbtrain.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class StageConfig(_Section):
+    """One transformer of the hierarchy. Widths are in features, patch_size in bytes.
+
+    patch_size  bytes that make one position of this stage: 8 for the paper's global model with P = 8; 1 for the last
+    d_model     width; a stage's bytes are embedded d_model / patch_size wide and concatenated (paper, eq. 2)
+    d_ff        width of the feed-forward layer; None means 4 * d_model
+    """
+
+    patch_size: Positive
+    d_model: Positive
+    n_layers: Positive
+    n_heads: Positive
+    d_ff: Positive | None = None
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+
+class BlockConfig(_Section):
+    """What a transformer block is made of; the same in all stages.
+
+    norm_gain    whether norms have a trainable gain (and, with `bias`, LayerNorm a trainable shift)
+    qk_norm      LayerNorm without gain on queries and keys per head, before rotary (RMSNorm is 8 times slower on CPU)
+    token_shift  before each branch the second half of the features is that of the position before (in one patch)
+    dropout      on attention weights and on both branches; never on embeddings (paper, appendix A.2)
+    """
+
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_gain: bool
+    activation: Literal["relu", "relu2", "gelu", "silu", "swiglu"]
+    bias: bool
+    qk_norm: bool
+    token_shift: bool
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+class InitConfig(_Section):
+    """How weights begin.
+
+    scheme     truncated: every matrix and table ~ N(0, std), cut at two std (paper, A.2);
+               fan_in: matrices ~ N(0, 1/fan_in), tables ~ N(0, embed_std), readout scaled so that logits begin small
+    residual   scaled: the output matrices of both branches are divided by sqrt(2 n_layers); plain: they are not
+    """
+
+    scheme: Literal["truncated", "fan_in"]
+    std: Annotated[float, Field(gt=0)]
+    embed_std: Annotated[float, Field(gt=0)]
+    residual: Literal["plain", "scaled"]
+
+
+# What the paper states (sections 2.1 and A.2), and for what it leaves open:
+#   biases: metaseq's default, on.  positions: learned, per byte before the patches are made (eq. 1).
+#   local positions: learned, one per slot; the authors said on OpenReview that they are used.
+#   residual init: the paper does not say; metaseq divides by sqrt(2 n_layers), but the text says one std for all.
+_PAPER: dict[str, Any] = {
+    "positions": "learned",
+    "local_positions": "learned",
+    "tied": True,
+    "final_norm": True,
+    "block": {
+        "norm": "layernorm",
+        "norm_gain": True,
+        "activation": "relu",
+        "bias": True,
+        "qk_norm": False,
+        "token_shift": False,
+        "dropout": 0.1,
+    },
+    "init": {"scheme": "truncated", "std": 0.006, "embed_std": 0.006, "residual": "plain"},
+}
+
+# The best small recipe found by bits per byte at equal time; every row of the search is in docs/recipe.md.
+_MODERN: dict[str, Any] = {
+    "positions": "rotary",
+    "local_positions": "learned",
+    "tied": False,
+    "final_norm": True,
+    "block": {
+        "norm": "layernorm",
+        "norm_gain": True,
+        "activation": "relu2",
+        "bias": False,
+        "qk_norm": True,
+        "token_shift": True,
+        "dropout": 0.0,
+    },
+    "init": {"scheme": "fan_in", "std": 0.02, "embed_std": 0.3, "residual": "scaled"},
+}
+
+PRESETS = {"paper": _PAPER, "modern": _MODERN}
+
+
+class ModelConfig(_Section):
+    """The model: stages from coarse to fine, and what the paper leaves open as named choices.
+
+    preset           paper | modern: fills every key below that is not given
+    positions        of the coarsest stage: learned (a table of seq_len rows, per byte: eq. 1), rotary, none
+    local_positions  of the finer stages: learned (one row per slot in the patch), rotary, none
+    tied             logits by the last stage's byte embedding (eq. 6), or by a matrix of their own
+    final_norm       a norm after the last block of each stage, as pre-norm models have
+    """
+
+    kind: Literal["megabyte"] = "megabyte"
+    preset: Literal["paper", "modern"] = "modern"
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    positions: Literal["learned", "rotary", "none"]
+    local_positions: Literal["learned", "rotary", "none"]
+    tied: bool
+    final_norm: bool
+    block: BlockConfig
+    init: InitConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = PRESETS.get(str(given.get("preset", "modern")))
+        return given if preset is None else _merged(preset, given)
+
+    @model_validator(mode="after")
+    def _shapes(self) -> ModelConfig:
+        for i, stage in enumerate(self.stages):
+            where = f"model.stages.{i}"
+            if stage.d_model % stage.n_heads:
+                _fail(f"{where}.n_heads", stage.n_heads, f"a divisor of d_model = {stage.d_model}")
+            if self._positions_of(i) == "rotary" and stage.d_head % 2:
+                _fail(f"{where}.n_heads", stage.n_heads, f"an even width per head for rotary, not {stage.d_head}")
+            if stage.d_model % stage.patch_size:
+                allowed = f"a multiple of patch_size = {stage.patch_size} (bytes are embedded d_model / patch_size wide)"
+                _fail(f"{where}.d_model", stage.d_model, allowed)
+            if i + 1 < len(self.stages):
+                finer = self.stages[i + 1].patch_size
+                if stage.patch_size <= finer or stage.patch_size % finer:
+                    allowed = f"a larger multiple of the next stage's {finer} (stages go from coarse to fine)"
+                    _fail(f"{where}.patch_size", stage.patch_size, allowed)
+                ratio = stage.patch_size // finer
+                if stage.d_model % ratio:
+                    allowed = f"a multiple of {ratio}, the positions of stage {i + 1} in one of stage {i}"
+                    _fail(f"{where}.d_model", stage.d_model, allowed)
+        if self.stages[-1].patch_size != 1:
+            _fail(f"model.stages.{len(self.stages) - 1}.patch_size", self.stages[-1].patch_size, "1: it predicts bytes")
+        return self
+
+    def _positions_of(self, stage: int) -> str:
+        return self.positions if stage == 0 else self.local_positions
+
+
+class DataConfig(_Section):
+    """Where bytes come from and how rows are cut.
+
+    path       a directory made by mbtrain-prep
+    seq_len    T, bytes (and boundaries) in a row; a multiple of the coarsest patch_size
+    boundary   put id 256 after every document; false for pieces of one long file
+    check      what is compared with the manifest before training: file sizes, or full: every file's hash
+    """
+
+    path: str
+    seq_len: Positive = 1024
+    boundary: bool = True
+    train_split: str = "train"
+    val_split: str = "val"
+    check: Literal["size", "full"] = "full"
+
+
+class TrainConfig(_Section):
+    """How much to train on and how. The first limit that is reached ends the run; at least one is needed.
+
+    steps, bytes, flops, minutes  limits, over the whole run, resumed parts included; minutes are of training time
+    global_batch_size             rows in an optimizer step, over all ranks
+    micro_batch_size              most rows on one rank at a time; None: global_batch_size / ranks
+    gradient_clipping             largest global norm; 0 turns clipping off
+    zero_stage                    DeepSpeed's ZeRO: 0 nothing, 1 optimizer, 2 gradients, 3 weights are partitioned
+    precision                     fp32; bf16: DeepSpeed's bf16 weights with fp32 masters and fp32 accumulation (at
+                                  stage 0: fp32 weights under autocast); autocast: fp32 weights, bf16 products; fp16
+    activation_checkpointing      recompute each block in the backward pass: less memory, a third more work
+    compile                       torch.compile the blocks; off: on CPU it gained 5 % for a minute and a half of waiting
+    """
+
+    steps: Positive | None = None
+    bytes: Positive | None = None
+    flops: Annotated[float, Field(gt=0)] | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    global_batch_size: Positive = 16
+    micro_batch_size: Positive | None = None
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "autocast", "fp16"] = "bf16"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> TrainConfig:
+        if self.steps is None and self.bytes is None and self.flops is None and self.minutes is None:
+            _fail("train.steps", None, "a limit: one of train.steps, train.bytes, train.flops, train.minutes")
+        return self
+
+
+class OptimConfig(_Section):
+    """AdamW and its schedule. Defaults are the paper's (section 2.1).
+
+    schedule         polynomial (power 1: linear), cosine, or wsd: warm-up, stable, then decay over the last part
+    warmup_steps     steps of linear warm-up from 0
+    final_lr_ratio   the last LR as a share of lr
+    decay_share      wsd: the last share of the run in which the LR falls linearly
+    embedding_lr     factor on lr for byte embeddings, positions and pads
+    decay_all        weight decay also on gains, biases, embeddings, positions and pads
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    schedule: Literal["polynomial", "cosine", "wsd", "constant"] = "polynomial"
+    power: Annotated[float, Field(gt=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    final_lr_ratio: Fraction = 0.0
+    decay_share: Fraction = 0.2
+    embedding_lr: Annotated[float, Field(gt=0)] = 1.0
+    decay_all: bool = False
+
+
+class EvalConfig(_Section):
+    """Validation while training. The whole split is always scored at the end.
+
+    every_steps   None: only at the end
+    limit_bytes   score only the first bytes of the split in between, logged as val/partial_bpb; None: all, val/bpb
+    batch_size    rows on one rank at a time; None: the training micro-batch
+    """
+
+    every_steps: Positive | None = None
+    limit_bytes: Positive | None = None
+    batch_size: Positive | None = None
+
+
+class CheckpointConfig(_Section):
+    """When to save. A checkpoint is also written at the end and at SIGTERM.
+
+    keep_last   so many newest checkpoints stay; older ones are removed after a newer one is whole
+    """
+
+    every_steps: Positive | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
+    keep_last: Positive = 2
+
+
+class SampleConfig(_Section):
+    """Samples written (and sent to MLflow) while training and at the end."""
+
+    every_steps: Positive | None = None
+    prompt: str = ""
+    bytes: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class LogConfig(_Section):
+    """Logging. mlflow_uri: None means MLFLOW_TRACKING_URI, else sqlite under mlruns/ of the working directory."""
+
+    every_steps: Positive = 10
+    mlflow: bool = True
+    mlflow_uri: str | None = None
+    experiment: str = "mbtrain"
+
+
+class Config(_Section):
+    """A whole experiment; `name` names the run directory runs/<name>."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Config:
+        coarsest = self.model.stages[0].patch_size
+        if self.data.seq_len % coarsest:
+            _fail("data.seq_len", self.data.seq_len, f"a multiple of model.stages.0.patch_size = {coarsest}")
+        micro = self.train.micro_batch_size
+        if micro is not None and self.train.global_batch_size % micro:
+            allowed = f"a divisor of train.global_batch_size = {self.train.global_batch_size}"
+            _fail("train.micro_batch_size", micro, allowed)
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        return vocab.vocab_size(self.data.boundary)
+
+
+def batch_shape(config: Config, world_size: int) -> tuple[int, int]:
+    """(micro_batch_size, gradient_accumulation_steps) on so many ranks.
+
+    Raises ConfigError when the global batch cannot be cut evenly: a silently different batch is another experiment.
+    """
+    rows = config.train.global_batch_size
+    if rows % world_size:
+        _fail("train.global_batch_size", rows, f"a multiple of the number of ranks, {world_size}")
+    per_rank = rows // world_size
+    micro = min(config.train.micro_batch_size or per_rank, per_rank)
+    if per_rank % micro:
+        allowed = f"a divisor of global_batch_size / ranks = {rows} / {world_size} = {per_rank}"
+        _fail("train.micro_batch_size", micro, allowed)
+    return micro, per_rank // micro
+
+
+def step_limit(config: Config, flops_per_byte: float) -> int | None:
+    """Optimizer steps at which the steps, bytes or FLOPs limit ends the run; None when only minutes do.
+
+    flops_per_byte: training FLOPs per byte of a row (three times the forward pass).
+    """
+    row_bytes = config.train.global_batch_size * config.data.seq_len
+    limits = []
+    if config.train.steps is not None:
+        limits.append(config.train.steps)
+    if config.train.bytes is not None:
+        limits.append(math.ceil(config.train.bytes / row_bytes))
+    if config.train.flops is not None:
+        limits.append(math.ceil(config.train.flops / (row_bytes * flops_per_byte)))
+    return min(limits) if limits else None
+
+
+def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
+    """Read a YAML file, lay dotted overrides (raw strings) over it, validate. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); see configs/ for examples") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}")
+    for key, value in (overrides or {}).items():
+        _override(tree, key, value)
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Make a Config of a nested mapping. Raises ConfigError naming the first wrong key."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved configuration; `load` of it gives the same Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merged(base[key], value) if isinstance(base.get(key), dict) and isinstance(value, dict) else value
+    return out
+
+
+def _override(tree: Any, dotted: str, raw: str) -> None:
+    *parents, last = dotted.split(".")
+    node = tree
+    for i, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_index(node, part, dotted)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            raise ConfigError(f"{dotted}: {'.'.join(parents[:i])} is a single value and has no keys")
+    # Only brackets and null are read as YAML; anything else stays a string until its field's type is known.
+    value = yaml.safe_load(raw) if raw[:1] in "[{" or raw in ("null", "None") else raw
+    value = None if value == "None" else value
+    if isinstance(node, list):
+        node[_index(node, last, dotted)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"{dotted}: {'.'.join(parents)} is a single value and has no keys")
+
+
+def _index(node: list[Any], part: str, dotted: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"{dotted}: {part!r} is no position in a list of {len(node)}")
+    return int(part)
+
+
+def _fail(where: str, got: object, allowed: str) -> None:
+    raise ConfigError(f"{where}: got {got}, expected {allowed}")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_beside(problem["loc"])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key (value {problem['input']!r}); {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{where}: got {problem['input']!r}, expected {expected}"
+
+
+def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        section = StageConfig if part == "stages" else (field.annotation if field else None)
+        if section is None:
+            return []
+    return list(section.model_fields)

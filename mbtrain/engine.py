@@ -1,0 +1,323 @@
+"""The only room that knows DeepSpeed: start a process group, wrap a model, step, and read or write its whole state.
+
+DeepSpeed's own checkpoints are pickles that fit one number of ranks. Here the state of a run is taken out parameter by
+parameter - fp32 weight and both AdamW moments, whole, by name - so that it can be written without pickle and put back
+into any number of ranks, any ZeRO stage and any precision.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mbtrain.config import Config, batch_shape
+from mbtrain.errors import ConfigError
+from mbtrain.model.layers import Transformer, role_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+UNDECAYED = ("embedding", "position", "pad", "gain", "bias")
+EMBEDDINGS = ("embedding", "position", "pad")
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: rank of ranks, local_rank of local_ranks on this host, and its device."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+    device: torch.device
+
+
+def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
+    """The whole DeepSpeed dictionary, every key that matters named: unknown keys and defaults there are silent."""
+    micro, accumulation = batch_shape(config, ranks)
+    precision, stage = config.train.precision, config.train.zero_stage
+    autocast = precision == "autocast" or (precision == "bf16" and stage == 0)
+    bf16 = precision == "bf16" and not autocast
+    made: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.gradient_clipping,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000},
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+    }
+    if bf16 and stage in (1, 2):
+        # Accumulated in bf16, a batch cut in four gives another gradient than the same batch in one piece.
+        made["data_types"] = {"grad_accum_dtype": "fp32"}
+    return made
+
+
+def start() -> Ranks:
+    """Join the launcher's process group (deepspeed, torchrun, srun), or make one of a single process.
+
+    Sets threads per process on CPU and returns this process's place.
+    """
+    _single_process_defaults()
+    local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    local_ranks = local_ranks or int(os.environ["WORLD_SIZE"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_flush_denormal(True)
+    deepspeed = _import_deepspeed()
+    # DeepSpeed's timeout reaches only the world group; the groups that it makes later take torch's default.
+    torch.distributed.distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_ranks, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(values: list[float], ranks: Ranks) -> list[float]:
+    """Sums over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(tensor)
+    return [float(x) for x in tensor.tolist()]
+
+
+def gathered(value: Any) -> list[Any]:
+    """A small value of every rank, in rank order, on every rank."""
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's small value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """AdamW's groups by (embedding or not, decayed or not), in a fixed order; each holds its lr_scale."""
+    optim = config.optim
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        role = role_of(name, param)
+        groups.setdefault((role in EMBEDDINGS, optim.decay_all or role not in UNDECAYED), []).append(param)
+    return [
+        {
+            "params": groups[key],
+            "lr": optim.lr,
+            "lr_scale": optim.embedding_lr if key[0] else 1.0,
+            "weight_decay": optim.weight_decay if key[1] else 0.0,
+        }
+        for key in sorted(groups)
+    ]
+
+
+class Engine:
+    """A model under DeepSpeed: forward and backward by micro-step, one optimizer step, exact state in and out."""
+
+    def __init__(self, config: Config, model: nn.Module, ranks: Ranks):
+        if config.train.precision == "fp16" and ranks.device.type == "cpu":
+            raise ConfigError("train.precision: got fp16, expected fp32, bf16 or autocast on CPU (fp16 needs a GPU)")
+        self.config, self.ranks = config, ranks
+        self.micro, self.accumulation = batch_shape(config, ranks.ranks)
+        self.names = {id(param): name for name, param in model.named_parameters()}
+        groups = parameter_groups(model, config)
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                module.checkpointing = config.train.activation_checkpointing
+                if config.train.compile:
+                    for block in module.blocks:
+                        block.compile()
+        model.to(ranks.device)
+        optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps, fused=True)
+        deepspeed = _import_deepspeed()
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.ranks), dist_init_required=False
+        )
+        self.module: nn.Module = self.engine.module
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.bad_gradients = torch.zeros(len(self.names), dtype=torch.int32, device=ranks.device)
+        self._ready_moments()
+        if config.train.precision != "fp16":  # there, an overflow is an ordinary event that DeepSpeed skips
+            self._watch_gradients()
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits of ids, through DeepSpeed's hooks."""
+        return self.engine(ids)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-step's mean loss; averaging over micro-steps and ranks is DeepSpeed's."""
+        self.engine.backward(loss)
+
+    def bad_parameters(self) -> list[int]:
+        """Per parameter: how often its gradient was not finite since the last call, on this rank."""
+        bad = [int(x) for x in self.bad_gradients.tolist()]
+        self.bad_gradients.zero_()
+        return bad
+
+    def step(self, lr_factor: float) -> float:
+        """The optimizer step that ends a global batch; returns the gradient's norm before clipping.
+
+        Called once after every micro-step's backward; DeepSpeed acts on the last. In between returns 0.
+        """
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.config.optim.lr * group["lr_scale"] * lr_factor
+        own_norm = None
+        if boundary and self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            own_norm = torch.nn.utils.get_total_norm(grads)
+        self.engine.step()
+        if not boundary:
+            return 0.0
+        norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def loss_scale(self) -> float:
+        """fp16's current loss scale, 1 otherwise."""
+        return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.config.train.precision == "fp16" else 1.0
+
+    def optimizer_steps(self) -> int:
+        """Steps that AdamW has really made (fp16 may have skipped some)."""
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every parameter whole and in fp32: name, {"weight", "exp_avg", "exp_avg_sq"} on CPU. Collective."""
+        tensors = _import("deepspeed.utils.tensor_fragment")
+        for name, param in self.module.named_parameters():
+            if self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
+                whole = {"weight": param.data, **{key: self.optimizer.state[param][key] for key in MOMENTS}}
+            else:
+                whole = {"weight": tensors.safe_get_full_fp32_param(param)}
+                whole |= {key: tensors.safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+            shape = getattr(param, "ds_shape", param.shape)
+            yield name, {key: value.detach().to("cpu", torch.float32).reshape(shape) for key, value in whole.items()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], optimizer_steps: int) -> None:
+        """Put back what `state` gave, on any number of ranks. The module must already hold the same weights.
+
+        (It was built from them: DeepSpeed's low-precision copies are then the rounded fp32 weights, as after a step.)
+        """
+        tensors = _import("deepspeed.utils.tensor_fragment")
+        for name, param in self.module.named_parameters():
+            whole = {key: value.to(self.ranks.device) for key, value in state[name].items()}
+            if self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
+                param.data.copy_(whole["weight"])
+                for key in MOMENTS:
+                    self.optimizer.state[param][key].copy_(whole[key])
+            else:
+                tensors.safe_set_full_fp32_param(param, whole["weight"])
+                for key in MOMENTS:
+                    tensors.safe_set_full_optimizer_state(param, whole[key], key)
+        for entry in self.optimizer.state.values():
+            entry["step"].fill_(optimizer_steps)
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """fp16's dynamic scaler, as plain numbers; empty otherwise."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        if self.config.train.precision != "fp16" or scaler is None:
+            return {}
+        return {key: float(value) for key, value in vars(scaler).items() if isinstance(value, int | float)}
+
+    def load_loss_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Put back what `loss_scaler_state` gave."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        for key, value in state.items():
+            setattr(scaler, key, type(getattr(scaler, key))(value))
+
+    def _ready_moments(self) -> None:
+        """Give AdamW its zero moments now, as its first step would, so that state can be read and set at any time."""
+        wrapper = self.engine.optimizer
+        if self.config.train.zero_stage == 0:
+            owned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        elif self.config.train.zero_stage == 3:
+            owned = list(wrapper.fp32_partitioned_groups_flat)
+        elif hasattr(wrapper, "fp32_groups_flat_partition"):
+            owned = list(wrapper.fp32_groups_flat_partition)
+        else:
+            owned = list(wrapper.single_partition_of_fp32_groups)
+        for param in owned:
+            self.optimizer.state[param] = {
+                "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                **{key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in MOMENTS},
+            }
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+    def _watch_gradients(self) -> None:
+        def watch(index: int) -> Any:
+            def look(grad: Tensor) -> None:
+                self.bad_gradients[index] += (~torch.isfinite(grad.sum(dtype=torch.float32))).to(torch.int32)
+
+            return look
+
+        for index, param in enumerate(self.module.parameters()):
+            param.register_hook(watch(index))
+
+
+def _single_process_defaults() -> None:
+    if "RANK" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return
+    if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+        os.environ.setdefault("MASTER_PORT", "29500")
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without what costs start-up: it would import mlflow (2 s) and build a CPU kernel that nothing here uses."""
+    if "deepspeed" in sys.modules:
+        return sys.modules["deepspeed"]
+    missing = "mlflow" not in sys.modules
+    if missing:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    finally:
+        if missing:
+            del sys.modules["mlflow"]
+    _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    logger = _import("deepspeed.utils").logger
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    return deepspeed
+
+
+def _import(name: str) -> Any:
+    return importlib.import_module(name)

@@ -1,0 +1,268 @@
+"""The parts of a transformer stage. Every parameter is given a role where it is made.
+
+Legend: b batch (any leading sequences) · t positions · d features · h heads · c features of a head · f feed-forward
+
+A role says what a parameter is, so that initialisation, weight decay and learning rates are read off it and not
+off names or shapes: embedding, position, pad, hidden (matrices inside blocks), project (between stages), readout,
+gain, bias.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mbtrain.config import BlockConfig, InitConfig, StageConfig
+
+ROLES = ("embedding", "position", "pad", "hidden", "project", "readout", "gain", "bias")
+NORM_EPS = 1e-5
+ROTARY_BASE = 10_000.0
+
+# On CPU torch's flash kernel loses to plain products up to somewhere between 32 and 256 positions.
+_PLAIN_ATTENTION_MAX_T = 64
+
+
+def parameter(role: str, tensor: Tensor) -> nn.Parameter:
+    """A trainable parameter that carries its role. Raises ValueError for an unknown role."""
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}, expected one of {ROLES}")
+    made = nn.Parameter(tensor)
+    made.role = role  # type: ignore[attr-defined]
+    return made
+
+
+def role_of(name: str, param: nn.Parameter) -> str:
+    """The role given to a parameter; one without a role is an error, never a guess by name."""
+    role = getattr(param, "role", None)
+    if role is None:
+        raise ValueError(f"parameter {name} has no role; make it with mbtrain.model.layers.parameter")
+    return cast(str, role)
+
+
+def draw(shape: tuple[int, ...], std: float, init: InitConfig) -> Tensor:
+    """A normal tensor of this std, cut at two std where the scheme says so (paper, appendix A.2)."""
+    if init.scheme == "truncated":
+        return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std)
+    return nn.init.normal_(torch.empty(shape), std=std)
+
+
+def matrix(role: str, out_features: int, in_features: int, init: InitConfig, scale: float = 1.0) -> nn.Parameter:
+    """A weight (out, in): N(0, std) in the truncated scheme, N(0, 1/in) in the fan_in scheme, times scale."""
+    std = init.std if init.scheme == "truncated" else in_features**-0.5
+    return parameter(role, draw((out_features, in_features), std * scale, init))
+
+
+def table(role: str, rows: int, width: int, init: InitConfig) -> nn.Parameter:
+    """An embedding-like table (rows, width)."""
+    return parameter(role, draw((rows, width), init.std if init.scheme == "truncated" else init.embed_std, init))
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over features, with or without gain (and shift); x (..., d) -> (..., d)."""
+
+    def __init__(self, width: int, block: BlockConfig):
+        super().__init__()
+        self.rms = block.norm == "rmsnorm"
+        self.gain = parameter("gain", torch.ones(width)) if block.norm_gain else None
+        self.bias = parameter("bias", torch.zeros(width)) if block.bias and not self.rms else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rms:
+            return F.rms_norm(x, x.shape[-1:], self.gain, NORM_EPS)
+        return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, NORM_EPS)
+
+
+class Linear(nn.Module):
+    """x (..., in) -> (..., out), with a bias where the block has biases."""
+
+    def __init__(self, weight: nn.Parameter, bias: bool):
+        super().__init__()
+        self.weight = weight
+        self.bias = parameter("bias", torch.zeros(weight.shape[0])) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class LayerCache:
+    """What one block keeps between calls of generation: keys and values so far, and the last normed inputs.
+
+    keys, values: (b, h, room, c), filled up to `used`; attn_last, ffn_last: (b, 1, d), for token shift.
+    """
+
+    keys: Tensor
+    values: Tensor
+    attn_last: Tensor
+    ffn_last: Tensor
+    used: int = 0
+
+    def reset(self) -> None:
+        """Forget everything; the memory is kept."""
+        self.used = 0
+        self.attn_last.zero_()
+        self.ffn_last.zero_()
+
+
+def rotary_angles(start: int, t: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (t, d_head / 2) in float32, of positions start .. start + t."""
+    rates = ROTARY_BASE ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float32) / d_head)
+    angles = torch.outer(torch.arange(start, start + t, device=device, dtype=torch.float32), rates)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: feature i is paired with i + c/2; x (b, h, t, c)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def shift_half(x: Tensor, before: Tensor | None = None) -> Tensor:
+    """Token shift: the second half of the features comes from the position before; zeros (or `before`) at the first."""
+    now, past = x.chunk(2, dim=-1)
+    first = torch.zeros_like(past[:, :1]) if before is None else before.chunk(2, dim=-1)[1]
+    return torch.cat((now, torch.cat((first, past[:, :-1]), dim=1)), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention; q (b, h, t, c) is the last t of the s positions of k and v (b, h, s, c)."""
+    t, s = q.shape[2], k.shape[2]
+    if q.device.type == "cpu" and s <= _PLAIN_ATTENTION_MAX_T:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if t > 1:
+            scores = scores + causal_mask(t, s, scores.dtype, scores.device)
+        weights = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0)
+        return weights @ v
+    if t == 1:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    if t == s:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(t, s, q.dtype, q.device), dropout_p=dropout)
+
+
+def causal_mask(t: int, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(t, s): 0 where the last t of s positions may look, -inf where they may not."""
+    return torch.full((t, s), -math.inf, dtype=dtype, device=device).triu(s - t + 1)
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention with one matrix for queries, keys and values; x (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
+        super().__init__()
+        d = stage.d_model
+        self.n_heads, self.d_head = stage.n_heads, stage.d_head
+        self.qk_norm, self.rotary, self.dropout = block.qk_norm, rotary, block.dropout
+        self.qkv = Linear(matrix("hidden", 3 * d, d, init), block.bias)
+        self.out = Linear(matrix("hidden", d, d, init, _branch_scale(stage, init)), block.bias)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b t (n h c) -> n b h t c", n=3, h=self.n_heads)
+        if self.qk_norm:
+            q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
+            k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
+        if self.rotary:
+            cos, sin = rotary_angles(cache.used if cache else 0, x.shape[1], self.d_head, x.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            now = slice(cache.used, cache.used + x.shape[1])
+            cache.keys[:, :, now], cache.values[:, :, now] = k, v
+            k, v = cache.keys[:, :, : now.stop], cache.values[:, :, : now.stop]
+        mixed = attend(q, k, v, self.dropout if self.training else 0.0)
+        return cast(Tensor, self.out(rearrange(mixed, "b h t c -> b t (h c)")))
+
+
+class FeedForward(nn.Module):
+    """x (..., d) -> (..., d) through d_ff features; swiglu has d_ff of gate and d_ff of value."""
+
+    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig):
+        super().__init__()
+        self.activation = block.activation
+        rows = stage.ff_width * (2 if block.activation == "swiglu" else 1)
+        self.up = Linear(matrix("hidden", rows, stage.d_model, init), block.bias)
+        scale = _branch_scale(stage, init)
+        self.down = Linear(matrix("hidden", stage.d_model, stage.ff_width, init, scale), block.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down(activate(self.up(x), self.activation)))
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """The feed-forward's nonlinearity; swiglu halves the features, the others keep them."""
+    if kind == "swiglu":
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    if kind == "relu2":
+        return F.relu(x).square()
+    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[kind](x)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x)); x (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
+        super().__init__()
+        self.token_shift, self.dropout = block.token_shift, block.dropout
+        self.attn_norm = Norm(stage.d_model, block)
+        self.attn = Attention(stage, block, init, rotary)
+        self.ffn_norm = Norm(stage.d_model, block)
+        self.ffn = FeedForward(stage, block, init)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        normed = self.attn_norm(x)
+        if self.token_shift:
+            normed, kept = shift_half(normed, cache and cache.attn_last), normed
+            if cache is not None:
+                cache.attn_last = kept[:, -1:]
+        x = x + F.dropout(self.attn(normed, cache), self.dropout, self.training)
+        normed = self.ffn_norm(x)
+        if self.token_shift:
+            normed, kept = shift_half(normed, cache and cache.ffn_last), normed
+            if cache is not None:
+                cache.ffn_last = kept[:, -1:]
+        return x + F.dropout(self.ffn(normed), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """A causal stack of blocks with a final norm; x (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, *, rotary: bool, final_norm: bool):
+        super().__init__()
+        self.stage = stage
+        self.checkpointing = False
+        self.blocks = nn.ModuleList(Block(stage, block, init, rotary) for _ in range(stage.n_layers))
+        self.final_norm = Norm(stage.d_model, block) if final_norm else None
+
+    def forward(self, x: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            if caches is not None:
+                x = block(x, caches[i])
+            elif self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        if caches is not None:
+            for cache in caches:
+                cache.used += x.shape[1]
+        return x if self.final_norm is None else cast(Tensor, self.final_norm(x))
+
+    def new_caches(self, batch: int, room: int, like: Tensor) -> list[LayerCache]:
+        """Empty caches for `room` positions, of the dtype and on the device of `like`."""
+        heads = (batch, self.stage.n_heads, room, self.stage.d_head)
+        last = (batch, 1, self.stage.d_model)
+        return [
+            LayerCache(like.new_zeros(heads), like.new_zeros(heads), like.new_zeros(last), like.new_zeros(last))
+            for _ in self.blocks
+        ]
+
+
+def _branch_scale(stage: StageConfig, init: InitConfig) -> float:
+    return float((2 * stage.n_layers) ** -0.5) if init.residual == "scaled" else 1.0

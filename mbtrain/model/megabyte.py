@@ -1,0 +1,126 @@
+"""MEGABYTE (Yu et al. 2023, arXiv 2305.07185, section 2.1), generalised from two stages to N, coarse to fine.
+
+Legend: b batch · t bytes · k patches (positions of the coarsest stage) · p byte in patch · d features · v vocabulary
+        r position inside the coarser stage's position · n all positions of the coarser stage, batch included
+
+Stage s has positions of P_s bytes (P of the last is 1) and width D_s; bytes are embedded D_s / P_s wide.
+
+  eq. 1  h_t = E[x_t] + E_pos[t]                                 per byte, in stage 0
+  eq. 2  patches by concatenation, shifted by one patch; a trainable pad comes first, the last patch is dropped
+  eq. 3  g = Transformer(patches)                                (k, D_0)
+  eq. 4  each g_k is cut in slices, one for each finer position in it; w . slice + embedding of the finer position
+         before it (a trainable pad at the first): a sum
+  eq. 5  the finer stage runs inside every coarser position on its own
+  eq. 6  p(x_t | x_<t) = softmax(E_last . l_t), tied to the last stage's byte embedding; or untied by configuration
+
+With two stages (P, 1) this is the paper's model exactly; with one stage (1,) a byte-level transformer. What is ours:
+the local position table (one row per slot, added to the pad's slot too; the equations show none, the authors said on
+OpenReview that local positions are used) and the final norm of each stage; both are configuration.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from mbtrain.config import ModelConfig
+from mbtrain.model.layers import Transformer, draw, matrix, parameter, table
+
+
+class Stage(nn.Module):
+    """One scale: embeds bytes to its positions, adds the coarser stage's slices, runs its transformer.
+
+    positions in one coarser position: `slots` (unbounded in stage 0); bytes of one position: `patch_size`.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, vocab_size: int, seq_len: int):
+        super().__init__()
+        stage, init = config.stages[index], config.init
+        self.patch_size = stage.patch_size
+        self.coarsest = index == 0
+        kind = config.positions if self.coarsest else config.local_positions
+        d_byte = stage.d_model // stage.patch_size
+        self.embed = table("embedding", vocab_size, d_byte, init)
+        self.pad = parameter("pad", draw((stage.d_model,), init.embed_std, init))
+        if self.coarsest:
+            self.slots = 0
+            self.project = None
+            self.positions = table("position", seq_len, d_byte, init) if kind == "learned" else None
+        else:
+            coarser = config.stages[index - 1]
+            self.slots = coarser.patch_size // stage.patch_size
+            self.project = matrix("project", stage.d_model, coarser.d_model // self.slots, init)
+            self.positions = table("position", self.slots, stage.d_model, init) if kind == "learned" else None
+        self.transformer = Transformer(
+            stage, config.block, init, rotary=kind == "rotary", final_norm=config.final_norm
+        )
+
+    def inputs(self, ids: Tensor, coarse: Tensor | None) -> Tensor:
+        """Positions of this stage before its transformer (eqs. 1, 2 and 4).
+
+        ids (b, t), t a multiple of the coarsest patch; coarse (n, D) is the coarser stage's output with n over batch
+        and positions, None in stage 0. Returns (n, r, d); in stage 0 (b, k, d).
+        """
+        embedded = self.embedded(ids)
+        return self.condition(torch.cat((self.first(embedded), embedded[:, :-1]), dim=1), coarse)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Bytes embedded and concatenated to this stage's positions: ids (b, t) -> (b, k, d) or ((b k), r, d)."""
+        h = F.embedding(ids, self.embed)
+        if not self.coarsest:
+            return rearrange(h, "b (k r p) d -> (b k) r (p d)", r=self.slots, p=self.patch_size)
+        if self.positions is not None:
+            h = h + self.positions[: ids.shape[1]]
+        return rearrange(h, "b (k p) d -> b k (p d)", p=self.patch_size)
+
+    def first(self, like: Tensor) -> Tensor:
+        """The trainable pad as first position, (n, 1, d)."""
+        return repeat(self.pad.to(like.dtype), "d -> n 1 d", n=like.shape[0])
+
+    def condition(self, x: Tensor, coarse: Tensor | None) -> Tensor:
+        """Eq. 4: add to every slot of x (n, r, d) its slice of the coarser stage's output (n, D), and its position."""
+        if coarse is None or self.project is None:
+            return x
+        x = x + F.linear(rearrange(coarse, "n (r d) -> n r d", r=self.slots), self.project)
+        return x if self.positions is None else x + self.positions
+
+    def condition_slots(self, x: Tensor, coarse: Tensor, start: int) -> Tensor:
+        """As `condition`, for x (n, r, d) in slots start .. start + r alone."""
+        assert self.project is not None
+        now = slice(start, start + x.shape[1])
+        x = x + F.linear(coarse.view(coarse.shape[0], self.slots, -1)[:, now], self.project)
+        return x if self.positions is None else x + self.positions[now]
+
+
+class Megabyte(nn.Module):
+    """ids (b, t) -> logits (b, t, v), logits[:, i] being for ids[:, i] given ids[:, :i]. Any t >= 1.
+
+    seq_len bounds t only where the coarsest stage has learned positions.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int):
+        super().__init__()
+        self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
+        self.stages = nn.ModuleList(Stage(config, i, vocab_size, seq_len) for i in range(len(config.stages)))
+        width = config.stages[-1].d_model
+        self.readout = None if config.tied else matrix("readout", vocab_size, width, config.init)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        b, t = ids.shape
+        # A row that ends inside a patch is filled up; causality keeps the filling out of every logit that is returned.
+        filled = F.pad(ids, (0, -t % self.stages[0].patch_size))
+        coarse: Tensor | None = None
+        for stage in self.stages:
+            x = stage.transformer(stage.inputs(filled, coarse))
+            coarse = rearrange(x, "n r d -> (n r) d")
+        assert coarse is not None
+        return self.logits(rearrange(coarse, "(b t) d -> b t d", b=b)[:, :t])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last stage's output (..., d) -> logits (..., v), eq. 6."""
+        last = cast(Stage, self.stages[-1])
+        return F.linear(x, last.embed if self.readout is None else self.readout)
