@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait as wait_for_handles
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from mbtrain.errors import DataError
@@ -45,7 +45,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Run]:
-    """Give a `Run` over up to `workers` processes, started when first needed; one worker or one job runs in this process.
+    """Give a `Run` over up to `workers` processes, started when first needed; a single job runs in this process.
 
     The processes end with this one, however it ends.
 
@@ -54,6 +54,7 @@ def worker_pool(workers: int) -> Iterator[Run]:
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of Arrow in whatever state
     done = context.Value("q", 0)
+    alive_there, alive_here = context.Pipe(duplex=False)
     pool: ProcessPoolExecutor | None = None
 
     def run(
@@ -66,7 +67,7 @@ def worker_pool(workers: int) -> Iterator[Run]:
             if workers == 1 or len(jobs) == 1:
                 return _run_here(function, jobs, update)
             if pool is None:
-                pool = ProcessPoolExecutor(workers, context, _enter_worker, (done,))
+                pool = ProcessPoolExecutor(workers, context, _enter_worker, (done, alive_there))
             # read without its lock: a worker that was killed may hold it
             before = done.get_obj().value
             futures = [pool.submit(_call, function, job) for job in jobs]
@@ -78,7 +79,6 @@ def worker_pool(workers: int) -> Iterator[Run]:
                 update(done.get_obj().value - before)
             return [future.result() for future in futures]
 
-    interrupted = False
     try:
         yield run
     except BrokenProcessPool:
@@ -89,11 +89,13 @@ def worker_pool(workers: int) -> Iterator[Run]:
     except MemoryError:
         raise DataError("out of memory; run the same command again with fewer --workers") from None
     except KeyboardInterrupt:
-        interrupted = True
+        alive_here.close()
         raise
     finally:
         if pool is not None:
-            pool.shutdown(wait=not interrupted, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+        alive_here.close()
+        alive_there.close()
 
 
 def _run_here(
@@ -109,19 +111,21 @@ def _run_here(
     return [function(job, count) for job in jobs]
 
 
-def _enter_worker(done: Any) -> None:
+def _enter_worker(done: Any, alive: Connection) -> None:
     global _shared_count
     _shared_count = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
 
 
-def _exit_with_parent() -> None:
-    """Without this, a worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_handles([parent.sentinel])
-        os._exit(1)
+def _exit_with_parent(alive: Connection) -> None:
+    """End this worker when the other end of the pipe is closed: by the parent, or because the parent was killed.
+
+    Without this, a worker whose parent was killed would wait for work for ever.
+    """
+    with suppress(EOFError, OSError):
+        alive.recv_bytes()
+    os._exit(1)
 
 
 def _call(function: Callable[[Any, Callable[[int], None]], Any], job: Any) -> Any:
@@ -141,7 +145,11 @@ def progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
         from tqdm import tqdm
 
         with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True) as bar:
-            yield lambda done: None if bar.update(done - bar.n) else None
+
+            def move(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield move
         return
 
     last_s, last_done = start_s, 0

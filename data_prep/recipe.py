@@ -27,7 +27,7 @@ for _power, _letter in enumerate("kMGT", start=1):
 class Recipe:
     """Everything besides the sources that decides a data set's bytes. Sizes are in bytes.
 
-    splits         (name, fraction) pairs: a split by the hash of each sample's content; None where `split_bytes` is given
+    splits         (name, fraction) pairs: a split by the hash of each sample's content; None with `split_bytes`
     split_bytes    (name, bytes) pairs: a split of one long file by position, in pieces of `sample_bytes`
     shard_bytes    a shard is closed by the sample with which its tar reaches this size
     include        patterns for files in source folders; empty means all
@@ -51,7 +51,9 @@ class Recipe:
         if (self.splits is None) == (self.split_bytes is None):
             raise ConfigError("splits, split_bytes: expected one of them, got both or none; leave one out")
         if self.split_bytes is not None and (self.min_bytes > 1 or self.max_bytes < LARGEST_SAMPLE_BYTES):
-            raise ConfigError("min_bytes, max_bytes: have no meaning with split_bytes, which cuts one file; leave them out")
+            raise ConfigError(
+                "min_bytes, max_bytes: have no meaning with split_bytes, which cuts one file; leave them out"
+            )
         if not 1 <= self.min_bytes <= self.max_bytes <= LARGEST_SAMPLE_BYTES:
             got = f"{self.min_bytes} and {self.max_bytes}"
             raise ConfigError(
@@ -84,7 +86,7 @@ def parse_size(key: str, text: str) -> int:
     Raises:
         ConfigError: it is not a size, or not a whole number of bytes.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMGT]?i?)B?", text.strip().replace("_", ""))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMGT]?i?)B?", text.strip().replace("_", ""), re.ASCII)
     size = Fraction(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else None
     if size is None or size.denominator != 1:
         raise ConfigError(f"{key}: expected a size such as 65536, 64Ki (65,536) or 90M (90,000,000), got {text!r}")

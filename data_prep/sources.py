@@ -92,8 +92,8 @@ class Found:
 def find_files(sources: Sequence[str], include: Sequence[str], exclude: Sequence[str], out: Path) -> Found:
     """All files of `sources`: those given by name, and those in folders, sorted by their relative path.
 
-    Patterns hold for what is found in folders: `*.py` and `tests` match a name at any depth (`tests` in `exclude` leaves
-    out whole folders), a pattern with a slash the path from SRC on, where `**` stands for any number of folders. Hidden
+    Patterns hold for what is found in folders: `*.py` and `tests` match a name at any depth (`tests` in `exclude`
+    leaves out whole folders), a pattern with a slash the path from SRC on, where `**` is any number of folders. Hidden
     names, links back to a folder on the way, and `out` itself are passed over.
 
     Raises:
@@ -207,7 +207,19 @@ def _regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile("".join(text for pair in zip(literal, wildcards, strict=True) for text in pair), re.DOTALL)
     except re.error as error:
-        raise ConfigError(f"--glob, --exclude: expected a pattern such as '**/*.py', got {pattern!r} ({error})") from None
+        raise ConfigError(
+            f"--glob, --exclude: expected a pattern such as '**/*.py', got {pattern!r} ({error})"
+        ) from None
+
+
+def check_unchanged(file: SourceFile) -> None:
+    """Raise DataError if the file is not as it was when it was found."""
+    try:
+        info = os.stat(file.path)
+    except OSError as error:
+        raise DataError(f"{file.path}: gone since the start ({error.strerror}); start again with --overwrite") from None
+    if (info.st_size, info.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise DataError(f"{file.path}: changed since the start; start again with --overwrite when it is complete")
 
 
 # ---- opening ------------------------------------------------------------------------------------------------------
@@ -231,7 +243,7 @@ def open_source(file: SourceFile, count: Count) -> Iterator[IO[bytes]]:
             if suffix not in COMPRESSIONS:
                 yield raw
                 return
-            opener: dict[str, Callable[[Any], IO[bytes]]] = {
+            opener: dict[str, Callable[[Any], Any]] = {
                 ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
                 ".bz2": bz2.BZ2File,
                 ".xz": lzma.LZMAFile,

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from data_prep.sources import Count, Modality, Rejection, Sample, SourceFile, Unreadable
-from mbtrain.errors import DataError
+from data_prep.sources import Count, Modality, Rejection, Sample, SourceFile, Unreadable, check_unchanged
 from mbtrain.shards import whole_file
 
 if TYPE_CHECKING:
@@ -112,7 +110,7 @@ def stage(job: StageJob, count: Count) -> None:
                     rows.append((*item, file.label))
                     if len(rows) == _INDEX_ROWS:
                         flush()
-            _check_unchanged(file)
+            check_unchanged(file)
         flush()
 
 
@@ -166,12 +164,3 @@ def _append(sample: Sample, blob: BinaryIO, min_bytes: int, max_bytes: int) -> t
 def _cut(blob: BinaryIO, end: int) -> None:
     blob.seek(end)
     blob.truncate()
-
-
-def _check_unchanged(file: SourceFile) -> None:
-    try:
-        info = os.stat(file.path)
-    except OSError as error:
-        raise DataError(f"{file.path}: gone while it was read ({error.strerror}); start again with --overwrite") from None
-    if (info.st_size, info.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise DataError(f"{file.path}: changed while it was read; start again with --overwrite when it is complete")

@@ -15,7 +15,17 @@ import os
 from collections.abc import Iterator
 from functools import partial
 
-from data_prep.sources import COMPRESSIONS, Count, Modality, Rejection, Sample, SourceFile, Unreadable, open_source, read_chunks
+from data_prep.sources import (
+    COMPRESSIONS,
+    Count,
+    Modality,
+    Rejection,
+    Sample,
+    SourceFile,
+    Unreadable,
+    open_source,
+    read_chunks,
+)
 
 _BATCH_ROWS = 1024
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 KEY_DIGITS = 32
 _ROW_GROUP_ROWS = 65536
 
+_EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_EMPTY_CHECKSUM = int(_EMPTY_HEADER[148:154], 8)
+
 
 @dataclass(frozen=True)
 class ShardJob:
@@ -111,10 +114,7 @@ def _written(record_path: Path, tar_path: Path, parquet_path: Path) -> ShardInfo
 def _write_tar(
     out: BinaryIO, rows: list[dict[str, Any]], modality: str, prep: Path, count: Count
 ) -> tuple[list[dict[str, Any]], str]:
-    """Write the members of `rows`; returns the index's rows and the tar's sha256 (hex).
-
-    A member's name holds its hash, so a sample is read twice where the hash is not known yet (pieces, which are small).
-    """
+    """Write the members of `rows`; returns the index's rows and the tar's sha256 (hex)."""
     digest = hashlib.sha256()
 
     def put(data: bytes) -> None:
@@ -136,8 +136,8 @@ def _write_tar(
             offset = out.tell()
             sample_hash = _copy(blob, row["offset"], row["bytes"], put)
             if row["hash"] is not None and sample_hash != row["hash"]:
-                where = stage_path(prep, stage, "blob")
-                raise DataError(f"{where}: bytes from {row['offset']} on changed since they were staged; check the disk")
+                where = f"{blob.name}: changed at byte {row['offset']} since it was staged"
+                raise DataError(f"{where}; remove {prep} and start again with --overwrite")
             put(bytes(-row["bytes"] % tarfile.BLOCKSIZE))
             count(row["bytes"])
             index.append(
@@ -158,10 +158,19 @@ def _write_tar(
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The header block of a regular file of `size` bytes: mode 644, no owner, time 0."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    """The header block of a regular file of `size` bytes: mode 644, no owner, time 0. `name` is short and ASCII.
+
+    What tarfile writes, byte for byte, in a tenth of its time, which would be most of the time for short samples.
+    """
+    name_field, size_field = name.encode("ascii"), b"%011o" % size
+    if len(name_field) > tarfile.LENGTH_NAME or len(size_field) > 11:
+        raise ValueError(f"a member that does not fit into the tar format: {name}, {size} bytes")
+    header = bytearray(_EMPTY_HEADER)
+    header[: len(name_field)] = name_field
+    header[124:135] = size_field
+    checksum = _EMPTY_CHECKSUM + sum(name_field) + sum(size_field) - sum(b"0" * 11)
+    header[148:154] = b"%06o" % checksum
+    return bytes(header)
 
 
 def _copy(blob: BinaryIO, offset: int, size: int, put: Callable[[bytes], None]) -> bytes:
@@ -178,6 +187,8 @@ def _range(blob: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
     while size:
         chunk = blob.read(min(size, READ_BYTES))
         if not chunk:
-            raise DataError(f"{blob.name}: cut off at byte {offset}; remove it and run the same command again")
+            raise DataError(
+                f"{blob.name}: cut off at byte {blob.tell()}; remove its folder .prep and start again with --overwrite"
+            )
         yield chunk
         size -= len(chunk)

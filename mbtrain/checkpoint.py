@@ -152,7 +152,9 @@ def find(path: str | Path) -> tuple[Path, Checkpoint]:
     found, problems = newest(path)
     if found is None:
         said = f" ({'; '.join(problems)})" if problems else ""
-        raise CheckpointError(f"{path}: no whole checkpoint in it{said}; train it first: mbtrain train CONFIG --run={path}")
+        raise CheckpointError(
+            f"{path}: no whole checkpoint in it{said}; train it first: mbtrain train CONFIG --run={path}"
+        )
     return path, found
 
 

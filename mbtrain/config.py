@@ -163,7 +163,9 @@ class ModelConfig(_Section):
             if self._positions_of(i) == "rotary" and stage.d_head % 2:
                 _fail(f"{where}.n_heads", stage.n_heads, f"an even width per head for rotary, not {stage.d_head}")
             if stage.d_model % stage.patch_size:
-                allowed = f"a multiple of patch_size = {stage.patch_size} (bytes are embedded d_model / patch_size wide)"
+                allowed = (
+                    f"a multiple of patch_size = {stage.patch_size} (bytes are embedded d_model / patch_size wide)"
+                )
                 _fail(f"{where}.d_model", stage.d_model, allowed)
             if i + 1 < len(self.stages):
                 finer = self.stages[i + 1].patch_size
@@ -220,7 +222,7 @@ class TrainConfig(_Section):
     global_batch_size: Positive = 16
     micro_batch_size: Positive | None = None
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     precision: Literal["fp32", "bf16", "autocast", "fp16"] = "bf16"
     activation_checkpointing: bool = False
     compile: bool = False
@@ -373,7 +375,9 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}"
+        )
     for key, value in (overrides or {}).items():
         _override(tree, key, value)
     return validate(tree)

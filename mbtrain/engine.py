@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -144,6 +144,8 @@ class Engine:
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision: got fp16, expected fp32, bf16 or autocast on CPU (fp16 needs a GPU)")
         self.config, self.ranks = config, ranks
+        # Without ZeRO and loss scaling, DeepSpeed leaves weights, gradients and optimizer where torch has them.
+        self._plain = config.train.zero_stage == 0 and config.train.precision != "fp16"
         self.micro, self.accumulation = batch_shape(config, ranks.ranks)
         self.names = {id(param): name for name, param in model.named_parameters()}
         groups = parameter_groups(model, config)
@@ -189,7 +191,7 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.config.optim.lr * group["lr_scale"] * lr_factor
         own_norm = None
-        if boundary and self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
+        if boundary and self._plain:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             own_norm = torch.nn.utils.get_total_norm(grads)
         self.engine.step()
@@ -210,13 +212,20 @@ class Engine:
         """Every parameter whole and in fp32: name, {"weight", "exp_avg", "exp_avg_sq"} on CPU. Collective."""
         tensors = _import("deepspeed.utils.tensor_fragment")
         for name, param in self.module.named_parameters():
-            if self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
+            if self._plain:
                 whole = {"weight": param.data, **{key: self.optimizer.state[param][key] for key in MOMENTS}}
             else:
                 whole = {"weight": tensors.safe_get_full_fp32_param(param)}
                 whole |= {key: tensors.safe_get_full_optimizer_state(param, key) for key in MOMENTS}
-            shape = getattr(param, "ds_shape", param.shape)
+            shape = _whole_shape(param)
             yield name, {key: value.detach().to("cpu", torch.float32).reshape(shape) for key, value in whole.items()}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, in fp32, on CPU. Collective."""
+        tensors = _import("deepspeed.utils.tensor_fragment")
+        for name, param in self.module.named_parameters():
+            whole = param.data if self._plain else tensors.safe_get_full_fp32_param(param)
+            yield name, whole.detach().to("cpu", torch.float32).reshape(_whole_shape(param))
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], optimizer_steps: int) -> None:
         """Put back what `state` gave, on any number of ranks. The module must already hold the same weights.
@@ -226,7 +235,7 @@ class Engine:
         tensors = _import("deepspeed.utils.tensor_fragment")
         for name, param in self.module.named_parameters():
             whole = {key: value.to(self.ranks.device) for key, value in state[name].items()}
-            if self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
+            if self._plain:
                 param.data.copy_(whole["weight"])
                 for key in MOMENTS:
                     self.optimizer.state[param][key].copy_(whole[key])
@@ -280,6 +289,11 @@ class Engine:
             param.register_hook(watch(index))
 
 
+def _whole_shape(param: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also where ZeRO-3 left an empty tensor in its place."""
+    return cast(torch.Size, getattr(param, "ds_shape", param.shape))
+
+
 def _single_process_defaults() -> None:
     if "RANK" in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")
@@ -299,9 +313,11 @@ def _single_process_defaults() -> None:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, without what costs start-up: it would import mlflow (2 s) and build a CPU kernel that nothing here uses."""
+    """DeepSpeed without what it costs to start: it would import mlflow (2 s) and build a CPU kernel nobody uses."""
     if "deepspeed" in sys.modules:
         return sys.modules["deepspeed"]
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     missing = "mlflow" not in sys.modules
     if missing:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
@@ -311,11 +327,9 @@ def _import_deepspeed() -> Any:
         if missing:
             del sys.modules["mlflow"]
     _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    logger = _import("deepspeed.utils").logger
-    logger.setLevel(logging.WARNING)
-    for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+    _import("deepspeed.utils").logger.setLevel(logging.WARNING)
+    # Seven reports of memory for each start, whatever the log level.
+    _import("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda *args, **kwargs: None
     return deepspeed
 
 

@@ -34,7 +34,7 @@ def append(path: Path | str, step: int, values: Mapping[str, float]) -> None:
     """
     if "step" in values:
         raise ValueError("metrics: 'step' is the line's own key, pass it as an argument")
-    record = {"step": int(step), "time_unix_s": round(time.time(), 3)}
+    record: dict[str, float | str] = {"step": int(step), "time_unix_s": round(time.time(), 3)}
     record |= {key: _to_json(value) for key, value in values.items()}
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -67,7 +67,7 @@ def batches(stream: Stream, shape: Shape, position: int, ahead: int = 4) -> Iter
                     if not put(micro_batch(stream, shape, at, micro_step)):
                         return
                 at += shape.step_ids
-        except BaseException as error:  # noqa: BLE001 - handed over to the consumer
+        except BaseException as error:
             put(error)
 
     def consume() -> Iterator[np.ndarray]:

@@ -20,6 +20,15 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     numpy's generators may change their streams between versions, so samples are sorted by a hash of their number.
     """
     with np.errstate(over="ignore"):
-        key = mix(mix(np.array([seed], np.uint64) + _GOLDEN) + np.array([epoch], np.uint64) * _GOLDEN)
+        key = np.uint64(mix_numbers(seed, epoch))
         hashes = mix(key + (np.arange(n, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
     return np.argsort(hashes, kind="stable")
+
+
+def mix_numbers(*numbers: int) -> int:
+    """One 63-bit number from several; for seeds that follow from (seed, step, ...)."""
+    with np.errstate(over="ignore"):
+        state = np.zeros(1, np.uint64)
+        for number in numbers:
+            state = mix(state + np.array([number], np.uint64) + _GOLDEN)
+    return int(state[0] >> np.uint64(1))

@@ -1,9 +1,9 @@
 """Packed rows: documents in order, a boundary after each, cut every T ids. A row is a pure function of its position.
 
-    training     an endless stream: epoch 0 in its order, epoch 1 in its order, ...; row i is ids [i T, (i + 1) T).
-                 Nothing is dropped at an epoch's end: the row that crosses it goes on with the next epoch. So the
-                 cuts fall elsewhere in every epoch, unless T divides the stream.
-    evaluation   one pass in shard order; the last row is filled up and masked.
+training     an endless stream: epoch 0 in its order, epoch 1 in its order, ...; row i is ids [i T, (i + 1) T).
+             Nothing is dropped at an epoch's end: the row that crosses it goes on with the next epoch. So the
+             cuts fall elsewhere in every epoch, unless T divides the stream.
+evaluation   one pass in shard order; the last row is filled up and masked.
 """
 
 from __future__ import annotations
@@ -55,6 +55,14 @@ class Stream:
             i = int(np.searchsorted(epoch.ends, at, side="right"))
             filled += self._copy(epoch, i, at, out[filled:])
         return out
+
+    def sources(self, position: int, count: int) -> np.ndarray:
+        """Source numbers of the ids from `position` on, as int64; fewer at the end of an epoch, which it stays in."""
+        epoch = self.epoch(position // self.ids_per_epoch)
+        at = position % self.ids_per_epoch
+        last = min(at + count, self.ids_per_epoch)
+        i = np.searchsorted(epoch.ends, np.arange(at, last), side="right")
+        return self.split.source_index[epoch.order[i]].astype(np.int64)
 
     def _copy(self, epoch: Epoch, i: int, at: int, out: np.ndarray) -> int:
         """Copy the i-th sample of an epoch, from epoch position `at` on, into out; returns how many ids that were."""

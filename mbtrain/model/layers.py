@@ -202,7 +202,9 @@ def activate(x: Tensor, kind: str) -> Tensor:
         return F.silu(gate) * value
     if kind == "relu2":
         return F.relu(x).square()
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[kind](x)
+    if kind == "gelu":
+        return F.gelu(x)
+    return F.silu(x) if kind == "silu" else F.relu(x)
 
 
 class Block(nn.Module):
@@ -219,13 +221,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         normed = self.attn_norm(x)
         if self.token_shift:
-            normed, kept = shift_half(normed, cache and cache.attn_last), normed
+            normed, kept = shift_half(normed, None if cache is None else cache.attn_last), normed
             if cache is not None:
                 cache.attn_last = kept[:, -1:]
         x = x + F.dropout(self.attn(normed, cache), self.dropout, self.training)
         normed = self.ffn_norm(x)
         if self.token_shift:
-            normed, kept = shift_half(normed, cache and cache.ffn_last), normed
+            normed, kept = shift_half(normed, None if cache is None else cache.ffn_last), normed
             if cache is not None:
                 cache.ffn_last = kept[:, -1:]
         return x + F.dropout(self.ffn(normed), self.dropout, self.training)

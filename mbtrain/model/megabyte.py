@@ -55,9 +55,7 @@ class Stage(nn.Module):
             self.slots = coarser.patch_size // stage.patch_size
             self.project = matrix("project", stage.d_model, coarser.d_model // self.slots, init)
             self.positions = table("position", self.slots, stage.d_model, init) if kind == "learned" else None
-        self.transformer = Transformer(
-            stage, config.block, init, rotary=kind == "rotary", final_norm=config.final_norm
-        )
+        self.transformer = Transformer(stage, config.block, init, rotary=kind == "rotary", final_norm=config.final_norm)
 
     def inputs(self, ids: Tensor, coarse: Tensor | None) -> Tensor:
         """Positions of this stage before its transformer (eqs. 1, 2 and 4).
@@ -105,6 +103,7 @@ class Megabyte(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int):
         super().__init__()
         self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
+        self.patch_size = config.stages[0].patch_size
         self.stages = nn.ModuleList(Stage(config, i, vocab_size, seq_len) for i in range(len(config.stages)))
         width = config.stages[-1].d_model
         self.readout = None if config.tied else matrix("readout", vocab_size, width, config.init)
@@ -112,9 +111,10 @@ class Megabyte(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         b, t = ids.shape
         # A row that ends inside a patch is filled up; causality keeps the filling out of every logit that is returned.
-        filled = F.pad(ids, (0, -t % self.stages[0].patch_size))
+        filled = F.pad(ids, (0, -t % self.patch_size))
         coarse: Tensor | None = None
-        for stage in self.stages:
+        for module in self.stages:
+            stage = cast(Stage, module)
             x = stage.transformer(stage.inputs(filled, coarse))
             coarse = rearrange(x, "n r d -> (n r) d")
         assert coarse is not None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import tiny
-from tests.model.test_megabyte import randomised
 
 from mbtrain.model import build
 from mbtrain.model.decode import Decoder
+from tests import tiny
+from tests.model.test_megabyte import randomised
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

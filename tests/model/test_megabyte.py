@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import naive, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from mbtrain.config import Config
@@ -20,6 +19,7 @@ from mbtrain.model.flops import count
 from mbtrain.model.layers import ROLES, role_of
 from mbtrain.model.loss import nats
 from mbtrain.model.megabyte import Megabyte
+from tests import naive, tiny
 
 PRESETS = ("paper", "modern")
 
@@ -39,9 +39,7 @@ def naive_twin(model: Megabyte) -> tuple[naive.Spec, dict[str, Any]]:
     c = model.config
     block = c.block
     spec = naive.Spec(
-        stages=tuple(
-            naive.StageSpec(s.patch_size, s.d_model, s.n_layers, s.n_heads, s.ff_width) for s in c.stages
-        ),
+        stages=tuple(naive.StageSpec(s.patch_size, s.d_model, s.n_layers, s.n_heads, s.ff_width) for s in c.stages),
         vocab=model.vocab_size,
         norm=block.norm,
         norm_gain=block.norm_gain,
@@ -129,9 +127,7 @@ def test_every_choice_equals_the_equations(
     np.testing.assert_allclose(model(ids)[0].detach().numpy(), expected, atol=1e-5, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("stages", "preset", "training"), list(itertools.product([1, 2, 3], PRESETS, [False, True]))
-)
+@pytest.mark.parametrize(("stages", "preset", "training"), list(itertools.product([1, 2, 3], PRESETS, [False, True])))
 def test_no_byte_moves_an_output_at_or_before_it(stages: int, preset: str, training: bool) -> None:
     base = tiny.tree(stages, preset)["model"]
     model = randomised(tiny.make(stages, preset, model={**base, "block": {"dropout": 0.0}})).train(training)

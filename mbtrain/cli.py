@@ -1,0 +1,307 @@
+"""The verbs of `mbtrain`; thin. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mbtrain.command import Program, finish, flag, no_unknown, number, write
+from mbtrain.command import main as run_program
+from mbtrain.errors import ConfigError
+
+
+def train(*config: str, run: str = "", resume: str = "", json: str = "", **overrides: str) -> None:
+    """mbtrain train CONFIG [--section.key=value ...] [--run=DIR] [--resume[=RUN]] [--json]
+
+    Trains what the configuration says; alone, or as one of the ranks of deepspeed, torchrun or srun. It says where it
+    stands on stderr, and writes RUN/metrics.jsonl, log.txt, checkpoints/, samples/ and plots/.
+
+      --section.key=value   any setting, as in --optim.lr=3e-4 --model.stages.0.n_layers=6 --train.minutes=10
+      --run=DIR             the run directory                                             (runs/<name>)
+      --resume[=RUN]        go on from the newest whole checkpoint of RUN (of --run); begins anew if it has none.
+                            CONFIG may be left out then: the run's own configuration is taken
+      --json                last line on stdout: {"run", "step", "val/bpb", "status"}
+
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step at hand, then end with exit status 143.
+
+    Examples:
+      mbtrain train configs/quickstart.yaml
+      deepspeed --num_gpus=2 --module mbtrain train configs/quickstart.yaml --train.zero_stage=2
+      torchrun --nproc-per-node=2 -m mbtrain -- train configs/quickstart.yaml --run=runs/second
+      mbtrain train --resume=runs/quickstart --train.minutes=20
+    """
+    as_json = flag("--json", json)
+    unknown = [key for key in overrides if "." not in key and key != "name"]
+    if unknown:
+        no_unknown(train, {unknown[0]: ""})
+    going_on = bool(resume) and resume != "false"
+    if going_on and resume != "true":
+        run = run or resume
+    if len(config) > 1 or (not config and not (going_on and run)):
+        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+
+    from mbtrain import config as configuration
+
+    path = config[0] if config else str(Path(run) / "config.yaml")
+    settings = configuration.load(path, {key: str(value) for key, value in overrides.items()})
+    configuration.batch_shape(settings, int(os.environ.get("WORLD_SIZE", "1")))
+
+    from mbtrain.train import train as train_model
+
+    result = train_model(settings, Path(run or f"runs/{settings.name}"), resume=going_on)
+    if os.environ.get("RANK", "0") == "0":
+        if result.bpb is not None:
+            write(f"{result.run}: step {result.step}, val/bpb {result.bpb:.4f}")
+        finish({"run": result.run, "step": result.step, "val/bpb": result.bpb, "status": result.status}, as_json)
+    if result.status == "KILLED":
+        sys.stdout.flush()
+        sys.exit(143)
+
+
+def eval(
+    *run: str,
+    split: str = "val",
+    mode: str = "basic",
+    data: str = "",
+    batch: str = "8",
+    limit: str = "",
+    precision: str = "fp32",
+    json: str = "",
+    **unknown: str,
+) -> None:
+    """mbtrain eval RUN [--split=val] [--data=DIR] [--batch=8] [--limit=BYTES] [--precision=fp32|bf16] [--json]
+
+    Exact bits per byte of a whole split: sum of nats over all targets / ln 2 / real bytes. RUN is a run directory or
+    a checkpoint in it. Rows of seq_len bytes begin without context (mode basic).
+    --json: last line on stdout: {"bpb", "nats", "bytes", "split", "step", "by_source"}
+
+    Examples:
+      mbtrain eval runs/quickstart
+      mbtrain eval runs/quickstart/checkpoints/step_0000000500 --split=test --json
+    """
+    no_unknown(eval, unknown)
+    if mode != "basic":
+        raise ConfigError(f"--mode: expected basic, got {mode!r}")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision: expected fp32 or bf16, got {precision!r}")
+    as_json, rows = flag("--json", json), number("--batch", batch, int, 1)
+    limit_bytes = number("--limit", limit, int, 1) if limit else None
+
+    from mbtrain.evaluate import evaluate_run
+
+    figures = evaluate_run(
+        _one_run(run), split=split, data=data or None, batch=rows, limit_bytes=limit_bytes, precision=precision
+    )
+    part = f"{'first part of ' if limit else ''}{split}"
+    write(f"{part}: {figures['bpb']:.6f} bits per byte over {figures['bytes']} bytes (step {figures['step']})")
+    for source, bpb in figures["by_source"].items() if len(figures["by_source"]) > 1 else ():
+        write(f"  {source}: {bpb:.6f}")
+    finish(figures, as_json)
+
+
+def sample(
+    *run: str,
+    prompt: str = "",
+    prompt_file: str = "",
+    bytes: str = "256",
+    temperature: str = "0.8",
+    top_k: str = "",
+    top_p: str = "",
+    seed: str = "0",
+    out: str = "",
+    json: str = "",
+    **unknown: str,
+) -> None:
+    """mbtrain sample RUN [--prompt=TEXT | --prompt-file=F] [--bytes=256] [options]
+
+    Continues a prompt byte by byte and writes prompt and continuation, as raw bytes, to a file. On the terminal, bytes
+    that are no UTF-8 are shown as \\xNN. It ends early where the model predicts the end of the document.
+
+      --temperature=X    0: always the likeliest byte; 1: as the model says        (0.8)
+      --top-k=N --top-p=X    keep the N likeliest; the likeliest that make up X    (all)
+      --seed=N           another seed, another continuation                          (0)
+      --out=FILE         where it is written                          (RUN/samples/...)
+      --json             last line on stdout: {"path", "bytes", "bytes_per_s"}
+
+    Examples:
+      mbtrain sample runs/quickstart --prompt="def "
+      mbtrain sample runs/quickstart --prompt-file=setup.py --bytes=1000 --temperature=1 --top-p=0.9 --out=more.py
+    """
+    no_unknown(sample, unknown)
+    if prompt and prompt_file:
+        raise ConfigError("--prompt, --prompt-file: expected one of them, got both")
+    as_json = flag("--json", json)
+    count = number("--bytes", bytes, int, 1)
+    try:
+        start = Path(prompt_file).read_bytes() if prompt_file else prompt.encode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise ConfigError(f"--prompt-file={prompt_file}: cannot be read ({error.strerror})") from error
+    limits = {
+        "temperature": number("--temperature", temperature, float, 0),
+        "top_k": number("--top-k", top_k, int, 1) if top_k else None,
+        "top_p": number("--top-p", top_p, float, 1e-9) if top_p else None,
+        "seed": number("--seed", seed, int, 0),
+    }
+
+    from mbtrain import sample as sampling
+
+    written = sampling.sample_run(_one_run(run), start, count, sampling.Sampling(**limits), out or None)
+    write(sampling.as_text(written.prompt + written.continuation))
+    sys.stderr.write(f"{len(written.continuation)} bytes at {written.bytes_per_s:.0f} bytes/s -> {written.path}\n")
+    figures = {"path": written.path, "bytes": len(written.continuation), "bytes_per_s": written.bytes_per_s}
+    finish(figures, as_json)
+
+
+def export(*run: str, out: str = "", json: str = "", **unknown: str) -> None:
+    """mbtrain export RUN --out=DIR
+
+    Writes weights.safetensors and config.yaml, reloads them and compares the logits bit for bit. To load them:
+
+      from mbtrain import export
+      model = export.load("DIR")
+      logits = model(torch.tensor([list(b"any bytes")]))
+
+    --json: last line on stdout: {"path"}
+    """
+    no_unknown(export, unknown)
+    if not out:
+        raise ConfigError("--out: expected a folder, got nothing; give --out=DIR")
+    as_json = flag("--json", json)
+
+    from mbtrain.export import export_run
+
+    path = export_run(_one_run(run), out)
+    write(f"{path}: weights.safetensors and config.yaml, reloaded and compared")
+    finish({"path": path}, as_json)
+
+
+def flops(*config: str, json: str = "", **overrides: str) -> None:
+    """mbtrain flops CONFIG [--section.key=value ...] [--json]
+
+    Parameters and operations per byte by stage, by formula. One multiply-add is two operations.
+    """
+    as_json = flag("--json", json)
+    if len(config) != 1:
+        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+
+    from mbtrain import config as configuration
+    from mbtrain.model.flops import count
+
+    settings = configuration.load(config[0], {key: str(value) for key, value in overrides.items()})
+    counted = count(settings)
+    for i, (spec, stage) in enumerate(zip(settings.model.stages, counted.stages, strict=True)):
+        forward = stage.matrices + stage.attention + stage.project
+        write(
+            f"stage {i}: every {spec.patch_size} B, {spec.n_layers} x {spec.d_model}: {stage.parameters / 1e6:.2f}M "
+            f"parameters, forward {forward / 1e6:.3f} MFLOP a byte ({forward / counted.forward_per_byte:.0%})"
+        )
+    write(
+        f"in all: {counted.parameters / 1e6:.2f}M parameters, forward {counted.forward_per_byte / 1e6:.3f}, "
+        f"training {counted.training_per_byte / 1e6:.3f} MFLOP a byte"
+    )
+    figures = {
+        "parameters": counted.parameters,
+        "forward_flops_per_byte": counted.forward_per_byte,
+        "training_flops_per_byte": counted.training_per_byte,
+    }
+    finish(figures, as_json)
+
+
+def bench(*what: str, json: str = "", **options: str) -> None:
+    """mbtrain bench train|quality|generate|deepspeed [--config=FILE] [--peer=PYTHON] [options] [--json]
+
+    Measures against MEGABYTE-pytorch 0.3.6 in an environment of its own (launch/peer.sh makes it and prints PYTHON).
+
+      train      training bytes/s, same shape, batch and data, interleaved, medians
+      quality    bits per byte after equal minutes, the peer by its own script's recipe
+      generate   bytes/s of one sequence of 1,024 bytes
+      deepspeed  a step under DeepSpeed ZeRO-1 against the same step in a bare torch loop
+    """
+    as_json = flag("--json", json)
+    from mbtrain.bench import VERBS
+
+    if len(what) != 1 or what[0] not in VERBS:
+        raise ConfigError(f"bench: expected one of {', '.join(VERBS)}, got {' '.join(what) or 'nothing'}")
+    finish(VERBS[what[0]](**options), as_json)
+
+
+def ui(host: str = "127.0.0.1", port: str = "5000", uri: str = "", **unknown: str) -> None:
+    """mbtrain ui [--host=127.0.0.1] [--port=5000] [--uri=STORE]
+
+    Serves MLflow's pages of the runs tracked here, on the loopback interface unless told otherwise, until Ctrl-C.
+    Everyone who reaches the port can read and change the store.
+    """
+    no_unknown(ui, unknown)
+    from mbtrain import tracking
+
+    write(f"http://{host}:{port} (some 10 s from now; Ctrl-C ends it)")
+    sys.stdout.flush()
+    tracking.ui(host, number("--port", port, int, 1), uri or None)
+
+
+def sync(*run: str, uri: str = "", json: str = "", **unknown: str) -> None:
+    """mbtrain sync RUN [--uri=STORE] [--json]
+
+    Sends to MLflow what it does not have of RUN yet, after an outage or a kill; nothing is sent twice.
+    """
+    no_unknown(sync, unknown)
+    as_json = flag("--json", json)
+    from mbtrain import tracking
+
+    path = Path(_one_run(run))
+    path = path.parent.parent if path.parent.name == "checkpoints" else path
+    figures = tracking.sync(path, uri or None)
+    write(
+        f"{figures['tracking_uri']}: run {figures['run_id']}, {figures['metrics']} values and "
+        f"{figures['artifacts']} files sent"
+    )
+    finish(figures, as_json)
+
+
+def _one_run(run: Sequence[str]) -> str:
+    if len(run) != 1:
+        raise ConfigError(f"RUN: expected one run directory or checkpoint, got {len(run)}")
+    return run[0]
+
+
+_HELP = """mbtrain: train multiscale byte models on raw bytes
+
+  mbtrain train CONFIG           train; alone or under deepspeed, torchrun, srun
+  mbtrain eval RUN               exact bits per byte of a split
+  mbtrain sample RUN             continue a prompt
+  mbtrain export RUN --out=DIR   safetensors and configuration, loadable in three lines
+  mbtrain flops CONFIG           parameters and operations by stage
+  mbtrain bench WHAT             measure against MEGABYTE-pytorch and against a bare loop
+  mbtrain sync RUN               send to MLflow what it does not have yet
+  mbtrain ui                     MLflow's pages of the runs tracked here
+
+Options are --key=value. `mbtrain VERB --help` shows those of a verb, with examples. Data comes from `mbtrain-prep`.
+Progress goes to stderr. Exit status: 0 done, 2 a mistake (one line says which), 143 saved and stopped by a signal.
+"""
+
+PROGRAM = Program(
+    name="mbtrain",
+    verbs={
+        "train": train,
+        "eval": eval,
+        "sample": sample,
+        "export": export,
+        "flops": flops,
+        "bench": bench,
+        "sync": sync,
+        "ui": ui,
+    },
+    flags=("json", "resume"),
+    help=_HELP,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The console script. DeepSpeed's launcher puts --local_rank=N first; the rank is in the environment as well."""
+    args = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank=")]
+    if args[:1] == ["--"]:  # which keeps torchrun from taking --run for its own --run-path
+        args = args[1:]
+    run_program(PROGRAM, args)

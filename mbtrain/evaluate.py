@@ -1,0 +1,134 @@
+"""Exact bits per byte: the sum of nats over all targets / ln 2 / real bytes, over a whole split in a fixed order.
+
+Sums are float64 and over all ranks. The same number comes out at any number of ranks and any batch size, because
+every row is scored once, rows do not see one another, and nothing is averaged before the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbtrain import checkpoint, config, vocab
+from mbtrain.config import Config
+from mbtrain.data.rows import Stream, evaluation_batch, evaluation_rows
+from mbtrain.errors import DataError
+from mbtrain.model import Model, build
+from mbtrain.model.loss import nats
+from mbtrain.shards import Split, open_split
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over a split: nats over all targets (boundaries included) and real bytes, in all and by source."""
+
+    nats: float
+    bytes: int
+    by_source: dict[str, tuple[float, int]]
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte."""
+        return self.nats / math.log(2) / self.bytes
+
+    def metrics(self, key: str = "val/bpb") -> dict[str, float]:
+        """{"val/bpb": ...}, and "val/<source>/bpb" where there are several sources."""
+        out = {key: self.bpb}
+        if len(self.by_source) > 1:
+            place, name = key.split("/")
+            for source, (nats_, bytes_) in self.by_source.items():
+                out[f"{place}/{source}/{name}"] = nats_ / math.log(2) / bytes_
+        return out
+
+
+def score(
+    logits_of: Callable[[Tensor], Tensor],
+    split: Split,
+    *,
+    boundary: bool,
+    seq_len: int,
+    batch: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    reduce: Callable[[list[float]], list[float]] = lambda sums: sums,
+    limit_bytes: int | None = None,
+) -> Score:
+    """Score a split in rows of seq_len that begin without context (the paper's basic evaluation).
+
+    logits_of: ids (batch, seq_len) -> logits; called equally often on every rank, as ZeRO-3 needs.
+    reduce sums a list over ranks. limit_bytes scores only the first rows. Raises DataError when nothing is scored.
+    """
+    stream = Stream(split, boundary=boundary, seed=None)
+    rows = evaluation_rows(stream, seq_len, limit_bytes)
+    sources = split.source_names
+    sums = np.zeros((2, len(sources)), np.float64)  # nats; real bytes (exact below 2**53)
+    with torch.inference_mode():
+        for first in range(0, rows, batch * ranks):
+            mine = list(range(first + rank * batch, min(first + (rank + 1) * batch, rows)))
+            ids, mask = evaluation_batch(stream, seq_len, mine, batch)
+            tensor = torch.from_numpy(ids).to(device)
+            lost = nats(logits_of(tensor), tensor).double().cpu().numpy()[mask]
+            of = np.concatenate([stream.sources(row * seq_len, seq_len) for row in mine]) if mine else np.zeros(0, int)
+            sums[0] += np.bincount(of, weights=lost, minlength=len(sources))
+            sums[1] += np.bincount(of[ids[mask] != vocab.BOUNDARY], minlength=len(sources))
+    sums = np.array(reduce(sums.ravel().tolist())).reshape(2, -1)
+    if sums[1].sum() == 0:
+        raise DataError("evaluation: no bytes in this split; prepare it with a larger share of the data")
+    by_source = {name: (float(sums[0, i]), int(sums[1, i])) for i, name in enumerate(sources) if sums[1, i]}
+    return Score(float(sums[0].sum()), int(sums[1].sum()), by_source)
+
+
+def load_model(path: str | Path, device: torch.device) -> tuple[Model, Config, checkpoint.Checkpoint, Path]:
+    """The model of a run's newest whole checkpoint (or of the checkpoint given) in fp32 and eval mode.
+
+    Returns (model, its config, the checkpoint, the run directory). Raises CheckpointError.
+    """
+    run, found = checkpoint.find(path)
+    settings = config.load(run / "config.yaml")
+    model = build(settings)
+    model.load_state_dict(checkpoint.load_weights(found))
+    return model.to(device).eval(), settings, found, run
+
+
+def evaluate_run(
+    path: str | Path,
+    *,
+    split: str = "val",
+    data: str | None = None,
+    batch: int = 8,
+    limit_bytes: int | None = None,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Score a run in this process: {"bpb", "nats", "bytes", "split", "step", "by_source"}. Raises on unknown splits."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, settings, found, _ = load_model(path, device)
+
+    def logits_of(ids: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(ids)
+
+    result = score(
+        logits_of,
+        open_split(data or settings.data.path, split, settings.data.check),
+        boundary=settings.data.boundary,
+        seq_len=settings.data.seq_len,
+        batch=batch,
+        device=device,
+        limit_bytes=limit_bytes,
+    )
+    return {
+        "bpb": result.bpb,
+        "nats": result.nats,
+        "bytes": result.bytes,
+        "split": split,
+        "step": found.progress.step,
+        "by_source": {name: n / math.log(2) / b for name, (n, b) in result.by_source.items()},
+    }

@@ -1,0 +1,143 @@
+"""Generation: continue prompts byte by byte, exactly as the model distributes them.
+
+Each row draws from its own stream of random numbers, a function of (seed, row): a row's bytes do not depend on which
+rows are generated beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbtrain import checkpoint, vocab
+from mbtrain.evaluate import load_model
+from mbtrain.model import Model
+from mbtrain.model.decode import Decoder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next byte is chosen.
+
+    temperature 0 takes the likeliest byte; top_k keeps the k likeliest; top_p keeps the smallest set of likeliest
+    bytes whose probability reaches p. Cuts are made after the temperature, top_k first.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """A sample on disk: prompt and continuation as raw bytes, bytes generated and the rate."""
+
+    path: Path
+    prompt: bytes
+    continuation: bytes
+    bytes_per_s: float
+
+
+def probabilities(logits: Tensor, how: Sampling) -> Tensor:
+    """Logits (b, v) -> probabilities (b, v) after temperature (above 0), top_k and top_p."""
+    logits = logits.float() / how.temperature
+    if how.top_k is not None and how.top_k < logits.shape[-1]:
+        least = logits.topk(how.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    p = logits.softmax(dim=-1)
+    if how.top_p is not None and how.top_p < 1:
+        ordered, ids = p.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # the likeliest is always kept
+        ordered = ordered.masked_fill(before >= how.top_p, 0)
+        p = torch.zeros_like(p).scatter(-1, ids, ordered)
+        p = p / p.sum(dim=-1, keepdim=True)
+    return p
+
+
+def choose(logits: Tensor, uniform: Tensor, how: Sampling) -> Tensor:
+    """The next id of each row, (b,): the point `uniform` (b, 1) in [0, 1) of the cumulative distribution."""
+    if how.temperature == 0:
+        return logits.argmax(dim=-1)
+    total = probabilities(logits, how).double().cumsum(dim=-1)
+    # Scaled by the last sum, so that rounding never lets a point fall behind the last possible id.
+    return torch.searchsorted(total, uniform * total[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def generate(model: Model, prompts: Sequence[bytes], n_bytes: int, how: Sampling) -> list[bytes]:
+    """Continue each prompt by up to n_bytes; a row ends early where the model predicts the document boundary.
+
+    Where the model knows boundaries, a prompt is the beginning of a document. Prompts may differ in length: all rows
+    advance together and the longer prompts' own bytes are fed where they have some.
+    """
+    if not prompts or n_bytes == 0:
+        return [b"" for _ in prompts]
+    device = next(model.parameters()).device
+    knows_boundary = model.vocab_size > vocab.NUM_BYTES
+    given = [([vocab.BOUNDARY] if knows_boundary else []) + list(prompt) for prompt in prompts]
+    shortest, longest = min(map(len, given)), max(map(len, given))
+    uniform = np.stack(
+        [np.random.Generator(np.random.Philox(key=[how.seed, i])).random(n_bytes) for i in range(len(given))]
+    )
+    uniforms = torch.from_numpy(uniform).to(device)
+    forced = torch.full((len(given), longest - shortest + 1), -1, dtype=torch.int64)
+    for i, ids in enumerate(given):
+        forced[i, : len(ids) - shortest] = torch.tensor(ids[shortest:], dtype=torch.int64)
+    forced = forced.to(device)
+
+    was_training = model.training
+    model.eval()
+    decoder = Decoder(model, len(given))
+    out: list[list[int]] = [[] for _ in given]
+    ended = [False] * len(given)
+    logits = decoder.feed(
+        torch.tensor([ids[:shortest] for ids in given], dtype=torch.int64, device=device).view(len(given), -1)
+    )
+    ragged = longest > shortest
+    for step in range(longest - shortest + n_bytes):
+        if ragged:
+            made = torch.tensor([[min(len(row), n_bytes - 1)] for row in out], device=device)
+            chosen = choose(logits, uniforms.gather(1, made), how)
+            if step < forced.shape[1]:
+                chosen = torch.where(forced[:, step] >= 0, forced[:, step], chosen)
+        else:
+            chosen = choose(logits, uniforms[:, step : step + 1], how)
+        for i, byte in enumerate(chosen.tolist()):
+            if step < len(given[i]) - shortest or ended[i] or len(out[i]) == n_bytes:
+                continue
+            ended[i] = byte == vocab.BOUNDARY
+            if not ended[i]:
+                out[i].append(byte)
+        if all(end or len(row) == n_bytes for end, row in zip(ended, out, strict=True)):
+            break
+        logits = decoder.feed(chosen.unsqueeze(1))
+    model.train(was_training)
+    return [bytes(row) for row in out]
+
+
+def sample_run(path: str | Path, prompt: bytes, n_bytes: int, how: Sampling, out: str | Path | None = None) -> Written:
+    """Sample from a run's newest whole checkpoint and write prompt and continuation, as raw bytes, to a file.
+
+    The default file is RUN/samples/step_<step>_seed_<seed>.txt.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _, found, run = load_model(path, device)
+    start = time.perf_counter()
+    continuation = generate(model, [prompt], n_bytes, how)[0]
+    rate = len(continuation) / (time.perf_counter() - start)
+    default = run / "samples" / f"{checkpoint.name_of(found.progress.step)}_seed_{how.seed}.txt"
+    target = Path(out) if out is not None else default
+    target.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomically(target, prompt + continuation)
+    return Written(target, prompt, continuation, rate)
+
+
+def as_text(content: bytes) -> str:
+    """Bytes as a person can read them: UTF-8 where it is, every other byte as \\xNN; nothing is dropped."""
+    return content.decode("utf-8", errors="backslashreplace")

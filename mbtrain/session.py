@@ -1,0 +1,380 @@
+"""What surrounds the loop: begin or go on with a run, report, validate, sample, save, and leave in order."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, tracking
+from mbtrain import sample as sampling
+from mbtrain.checkpoint import Checkpoint, Progress
+from mbtrain.config import Config
+from mbtrain.engine import Engine, Ranks, from_rank_0, gathered, start, stop, total
+from mbtrain.errors import CheckpointError, ConfigError, MbtrainError
+from mbtrain.model import build
+from mbtrain.model.flops import count
+from mbtrain.shards import Split, dataset_hash, load_manifest, open_split
+
+
+@dataclass
+class Clock:
+    """Training time in seconds: runs from `start`, rests while something else is done."""
+
+    began: float = 0.0
+
+    def start(self, elapsed_s: float) -> None:
+        self.began = time.perf_counter() - elapsed_s
+
+    def read(self) -> float:
+        return time.perf_counter() - self.began
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        at = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - at
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that a training holds. `stopping` is empty until a signal came; then it holds the signal's number."""
+
+    settings: Config
+    run: Path
+    ranks: Ranks
+    engine: Engine
+    train_split: Split
+    val_split: Split
+    progress: Progress
+    peak_flops: float | None
+    stopping: list[int]
+    shipper: subprocess.Popen[bytes] | None
+    clock: Clock = field(default_factory=Clock)
+
+
+class Window:
+    """Sums since the last report: nats, ids, waiting; and where the run stood then."""
+
+    def __init__(self, since: Progress):
+        self.since, self.nats, self.ids, self.waited_s = since, 0.0, 0, 0.0
+
+    def add(self, nats: float, ids: int) -> None:
+        self.nats += nats
+        self.ids += ids
+
+
+@contextmanager
+def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
+    """Join the ranks, check everything, build or load; afterwards leave a status and the process group."""
+    stopping: list[int] = []
+    ranks = start()
+    try:
+        with _signals_noted(stopping):
+            splits = _open_data(settings, ranks)
+            found = _prepare_run(settings, run, resume, ranks)
+            yield _begin(settings, run, ranks, splits, found, stopping)
+    except BaseException as error:
+        if ranks.rank == 0 and run.is_dir():
+            _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
+        raise
+    finally:
+        stop()
+
+
+def report(
+    now: Session, window: Window, progress: Progress, *, lr_factor: float, grad_norm: float, done: float, flops: float
+) -> None:
+    """Write the window's metrics to metrics.jsonl and a line to the log. Collective: memory is the ranks' largest."""
+    memory = max(gathered(hardware.peak_memory_bytes(now.ranks.device)))
+    if now.ranks.rank != 0:
+        return
+    settings, since = now.settings, window.since
+    seconds = max(progress.elapsed_s - since.elapsed_s, 1e-9)
+    steps = progress.step - since.step
+    real_bytes = progress.bytes - since.bytes
+    row_ids = settings.train.global_batch_size * settings.data.seq_len
+    values = {
+        "train/loss_nats": window.nats / window.ids,
+        "train/bpb": bits_per_byte(window.nats, real_bytes),
+        "optim/lr": settings.optim.lr * lr_factor,
+        "optim/grad_norm": grad_norm,
+        "optim/loss_scale": now.engine.loss_scale(),
+        "perf/bytes_per_s": real_bytes / seconds,
+        "perf/step_s": seconds / steps,
+        "perf/data_wait_frac": window.waited_s / seconds,
+        "mem/peak_bytes": memory,
+        "progress/bytes": progress.bytes,
+        "progress/flops": progress.step * row_ids * flops,
+        "progress/epoch": progress.position / _epoch_ids(now),
+        "progress/minutes": progress.elapsed_s / 60,
+    }
+    mfu = None if now.peak_flops is None else window.ids * flops / seconds / (now.peak_flops * now.ranks.ranks)
+    if mfu is not None:
+        values["perf/mfu"] = mfu
+    metrics.append(now.run / "metrics.jsonl", progress.step, values)
+    left = progress.elapsed_s * (1 - done) / done if done > 0 else None
+    say(
+        now.run,
+        f"step {progress.step} · {_size(progress.bytes)} · loss {values['train/loss_nats']:.4f} nats · "
+        f"{values['train/bpb']:.4f} bits/byte · lr {values['optim/lr']:.2e} · norm {grad_norm:.2f} · "
+        f"{_size(values['perf/bytes_per_s'])}/s · MFU {'unknown' if mfu is None else f'{mfu:.0%}'} · "
+        f"data wait {values['perf/data_wait_frac']:.0%} · {'' if left is None else _duration(left) + ' left'}",
+    )
+
+
+def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> float:
+    """Bits per byte of the validation split (or of its first bytes, under another key), logged. Collective."""
+    with now.clock.resting():
+        began = time.perf_counter()
+        now.engine.module.eval()
+        score = evaluate.score(
+            now.engine,
+            now.val_split,
+            boundary=now.settings.data.boundary,
+            seq_len=now.settings.data.seq_len,
+            batch=now.settings.eval.batch_size or now.engine.micro,
+            device=now.ranks.device,
+            rank=now.ranks.rank,
+            ranks=now.ranks.ranks,
+            reduce=lambda sums: total(sums, now.ranks),
+            limit_bytes=limit_bytes,
+        )
+        now.engine.module.train()
+        if now.ranks.rank == 0:
+            key = "val/bpb" if limit_bytes is None else "val/partial_bpb"
+            where = {"progress/bytes": progress.bytes, "progress/minutes": progress.elapsed_s / 60}
+            metrics.append(now.run / "metrics.jsonl", progress.step, {**score.metrics(key), **where})
+            part = "whole split" if limit_bytes is None else "first part"
+            took = _duration(time.perf_counter() - began)
+            say(now.run, f"step {progress.step} · {key} {score.bpb:.4f} · {part}, {_size(score.bytes)} · took {took}")
+        return score.bpb
+
+
+def sample(now: Session, progress: Progress) -> None:
+    """Write samples/step_<step>.txt from whole fp32 weights, on rank 0. Collective: the weights are gathered."""
+    with now.clock.resting():
+        weights = dict(now.engine.weights())
+        if now.ranks.rank == 0:
+            how = now.settings.sample
+            model = build(now.settings)
+            model.load_state_dict(weights)
+            choice = sampling.Sampling(how.temperature, top_p=how.top_p, seed=now.settings.train.seed)
+            prompt = how.prompt.encode()
+            continuation = sampling.generate(model.to(now.ranks.device), [prompt], how.bytes, choice)[0]
+            folder = now.run / "samples"
+            folder.mkdir(exist_ok=True)
+            content = prompt + continuation
+            checkpoint.write_atomically(folder / f"{checkpoint.name_of(progress.step)}.txt", content)
+        from_rank_0(None)  # the others wait
+
+
+def save(now: Session, progress: Progress) -> None:
+    """Write a checkpoint. Collective. A failure on any rank leaves the last good one and stops nobody alone."""
+    with now.clock.resting():
+        began = time.perf_counter()
+        path = from_rank_0(str(checkpoint.begin(now.run, progress.step)) if now.ranks.rank == 0 else None)
+        hashes = checkpoint.write_shard(Path(path), now.engine.state(), now.ranks.rank, now.ranks.ranks)
+        all_hashes = {name: value for of_rank in gathered(hashes) for name, value in of_rank.items()}
+        whole = replace(
+            progress,
+            optimizer_steps=max(gathered(now.engine.optimizer_steps())),
+            mlflow_run_id=tracking.run_id(now.run),
+            loss_scaler=now.engine.loss_scaler_state(),
+        )
+        if now.ranks.rank == 0:
+            checkpoint.finish(Path(path), whole, all_hashes, now.settings.checkpoint.keep_last)
+            took = _duration(time.perf_counter() - began)
+            say(now.run, f"step {progress.step} · saved {checkpoint.name_of(progress.step)} · took {took}")
+        from_rank_0(None)
+
+
+def end(now: Session, progress: Progress, status: str) -> None:
+    """Write the status, and give the MLflow shipper a bounded time for the rest. Rank 0 acts."""
+    if now.ranks.rank != 0:
+        return
+    if status == "KILLED":
+        say(now.run, f"stopped by a signal after step {progress.step}, saved; go on with --resume={now.run}")
+    _write_status(now.run, status, "")
+    if now.shipper is None:
+        plots.loss_curve(now.run)
+    else:
+        tracking.finish(now.shipper, now.run, status, timeout_s=30.0)
+
+
+def say(run: Path, text: str) -> None:
+    """A line on stderr and in RUN/log.txt, with the time."""
+    line = f"{time.strftime('%H:%M:%S')}  {text}"
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+    with (run / "log.txt").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def bits_per_byte(nats: float, real_bytes: int) -> float:
+    """Nats over all targets -> bits per real byte; nan where a batch held boundaries alone."""
+    return nats / 0.6931471805599453 / real_bytes if real_bytes else float("nan")
+
+
+def _open_data(settings: Config, ranks: Ranks) -> tuple[Split, Split]:
+    data = settings.data
+    manifest = load_manifest(data.path)
+    for key, name in (("data.train_split", data.train_split), ("data.val_split", data.val_split)):
+        if name not in manifest.splits:
+            raise ConfigError(f"{key}: got {name!r}, expected one of {', '.join(manifest.splits)} in {data.path}")
+    if manifest.documents == "pieces" and data.boundary:
+        raise ConfigError(
+            f"data.boundary: got true, expected false: {data.path} holds pieces of one long file, which end nowhere"
+        )
+    # Every host reads the shards once in full if asked to; the other ranks there only look at sizes.
+    check = data.check if ranks.local_rank == 0 else "size"
+    train = open_split(data.path, data.train_split, check)
+    return train, train if data.val_split == data.train_split else open_split(data.path, data.val_split, check)
+
+
+def _prepare_run(settings: Config, run: Path, resume: bool, ranks: Ranks) -> Checkpoint | None:
+    """Make or take up the run directory on rank 0; every rank gets the checkpoint to go on from, if any."""
+    problem: MbtrainError | None = None
+    found: Checkpoint | None = None
+    if ranks.rank == 0:
+        try:
+            found = _take_up(settings, run, resume)
+        except MbtrainError as error:
+            problem = error
+    problem, found = from_rank_0((problem, found))
+    if problem is not None:
+        raise problem
+    return found
+
+
+def _take_up(settings: Config, run: Path, resume: bool) -> Checkpoint | None:
+    exists = (run / "config.yaml").exists()
+    if exists and not resume:
+        raise ConfigError(f"--run={run}: holds a run already; go on with --resume={run} or choose another folder")
+    found, problems = checkpoint.newest(run) if exists else (None, [])
+    manifest_hash = dataset_hash(load_manifest(settings.data.path))
+    if found is not None:
+        old = config.load(run / "config.yaml")
+        if old.model != settings.model:
+            raise CheckpointError(f"{run}: its model differs from this configuration's; see {run}/config.yaml")
+        if found.progress.dataset_hash != manifest_hash:
+            raise CheckpointError(
+                f"{run}: was trained on other data than {settings.data.path} holds (manifest differs)"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    for text in problems:
+        say(run, f"not used: {text}")
+    if (run / "metrics.jsonl").exists():
+        metrics.truncate_after(run / "metrics.jsonl", found.progress.step if found else 0)
+    (run / "status.json").unlink(missing_ok=True)
+    checkpoint.write_atomically(run / "config.yaml", config.to_yaml(settings).encode())
+    return found
+
+
+def _begin(
+    settings: Config,
+    run: Path,
+    ranks: Ranks,
+    splits: tuple[Split, Split],
+    found: Checkpoint | None,
+    stopping: list[int],
+) -> Session:
+    manifest_hash = dataset_hash(splits[0].manifest)
+    progress = found.progress if found else Progress(dataset_hash=manifest_hash)
+    torch.manual_seed(settings.train.seed)
+    model = build(settings)
+    state = checkpoint.load_state(found) if found else {}
+    if found:
+        _load_weights(model, {name: whole["weight"] for name, whole in state.items()}, found)
+    engine = Engine(settings, model, ranks)
+    if found:
+        engine.load_state(state, progress.optimizer_steps)
+        engine.load_loss_scaler_state(progress.loss_scaler)
+    peak = hardware.peak_flops(ranks.device, settings.train.precision)
+    shipper = None
+    if ranks.rank == 0:
+        environment = hardware.environment(ranks.device, ranks.ranks)
+        tags = {"commit": environment["commit"], "host": environment["host"], "dataset_hash": manifest_hash}
+        content = json.dumps({**environment, "tags": tags}, indent=1)
+        checkpoint.write_atomically(run / "environment.json", content.encode())
+        if settings.log.mlflow:
+            uri = settings.log.mlflow_uri or tracking.default_uri(Path.cwd())
+            known = progress.mlflow_run_id
+            shipper = tracking.start_shipper(run, uri, settings.log.experiment, settings.name, run_id=known)
+        if found:
+            say(run, f"going on from {found.path} at step {progress.step}")
+        say(run, _headline(settings, ranks, environment, peak))
+    now = Session(settings, run, ranks, engine, *splits, progress, peak, stopping, shipper)
+    return now
+
+
+def _headline(settings: Config, ranks: Ranks, environment: dict[str, Any], peak: float | None) -> str:
+    counted = count(settings)
+    stages = " + ".join(f"{s.n_layers}x{s.d_model} every {s.patch_size} B" for s in settings.model.stages)
+    return (
+        f"{settings.name}: {counted.parameters / 1e6:.2f}M parameters ({stages}), "
+        f"{counted.training_per_byte / 1e6:.1f} MFLOP a byte · {ranks.ranks} x {environment['device']} · "
+        f"{settings.train.precision}, ZeRO-{settings.train.zero_stage} · batch {settings.train.global_batch_size} x "
+        f"{settings.data.seq_len} B · peak {'unknown' if peak is None else f'{peak / 1e9:.0f} GFLOP/s a rank'}"
+    )
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], found: Checkpoint) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{found.path}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
+
+
+def _epoch_ids(now: Session) -> int:
+    split = now.train_split
+    return int(split.lengths.sum()) + len(split.lengths) * int(now.settings.data.boundary)
+
+
+def _write_status(run: Path, status: str, message: str) -> None:
+    content = json.dumps({"status": status, "message": message})
+    checkpoint.write_atomically(run / "status.json", content.encode())
+
+
+@contextmanager
+def _signals_noted(stopping: list[int]) -> Iterator[None]:
+    """While inside, SIGTERM, SIGINT and SIGUSR1 are noted; the loop saves and ends. A second SIGINT interrupts."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stopping:
+            raise KeyboardInterrupt
+        stopping.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _size(count_: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count_) < 1000 or unit == "TB":
+            return f"{count_:.0f} {unit}" if unit == "B" else f"{count_:.2f} {unit}"
+        count_ /= 1000
+    raise AssertionError
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"

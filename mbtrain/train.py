@@ -1,0 +1,164 @@
+"""The training loop, readable from top to bottom. What surrounds it is in session.py.
+
+One optimizer step:  micro-steps of forward and backward  ->  one sum over ranks (loss, bytes, clock, anything not
+finite, any signal)  ->  stop all ranks alike, or update  ->  log, validate, sample, save. All ranks decide by the same
+sums, so none is ever alone in a collective.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mbtrain import session, vocab
+from mbtrain.checkpoint import Progress
+from mbtrain.config import Config, step_limit
+from mbtrain.data.loader import Shape, batches
+from mbtrain.data.order import mix_numbers
+from mbtrain.data.rows import Stream
+from mbtrain.engine import gathered, total
+from mbtrain.errors import NonFiniteError
+from mbtrain.model.flops import count
+from mbtrain.model.loss import nats
+from mbtrain.schedule import lr_factor
+from mbtrain.session import Session
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended: status FINISHED, or KILLED by a signal after saving (then bpb is None)."""
+
+    run: Path
+    step: int
+    bpb: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One optimizer step over all ranks: nats and real bytes of the batch, and rank 0's training clock."""
+
+    nats: float
+    bytes: int
+    elapsed_s: float
+
+
+def train(settings: Config, run: Path, *, resume: bool) -> Result:
+    """Train to the first limit of the configuration. Every rank of the launcher calls this.
+
+    run     the run directory; made when it is new
+    resume  go on from its newest whole checkpoint, if it has one; False: it must not hold a run yet
+    Raises ConfigError, DataError, CheckpointError before anything starts; NonFiniteError before a bad update.
+    """
+    with session.opened(settings, run, resume) as now:
+        progress = _loop(now, now.progress)
+        bpb = None
+        if not now.stopping:
+            bpb = session.validate(now, progress, limit_bytes=None)
+            session.sample(now, progress)
+        status = "KILLED" if now.stopping else "FINISHED"
+        session.end(now, progress, status)
+        return Result(run, progress.step, bpb, status)
+
+
+def _loop(now: Session, progress: Progress) -> Progress:
+    settings, engine, ranks = now.settings, now.engine, now.ranks
+    training_flops = count(settings).training_per_byte
+    last_step = step_limit(settings, training_flops)
+    shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, ranks.rank, ranks.ranks)
+    stream = Stream(now.train_split, boundary=settings.data.boundary, seed=settings.train.seed)
+    saved = progress
+    window = session.Window(progress)
+    engine.module.train()
+    gc.collect()
+    gc.freeze()  # what is alive now stays; later collections need not walk it
+    now.clock.start(progress.elapsed_s)
+    with batches(stream, shape, progress.position) as feed:
+        while (done := share_done(settings, progress, last_step)) < 1 and not now.stopping:
+            lost, real_bytes = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
+            for micro_step in range(shape.accumulation):
+                asked = time.perf_counter()
+                ids = torch.from_numpy(next(feed))
+                window.waited_s += time.perf_counter() - asked
+                real_bytes += int((ids != vocab.BOUNDARY).sum())
+                ids = ids.to(ranks.device, non_blocking=True)
+                # Dropout's numbers follow from the step alone, so a resumed run draws the same ones.
+                torch.manual_seed(mix_numbers(settings.train.seed, progress.step, micro_step, ranks.rank))
+                each = nats(engine(ids), ids)
+                engine.backward(each.mean())
+                lost += each.detach().double().sum()
+                if micro_step + 1 < shape.accumulation:
+                    engine.step(0.0)
+            sums = _agree(now, progress, float(lost), real_bytes)
+            factor = lr_factor(settings.optim, progress.step, done)
+            norm = engine.step(factor)
+
+            progress = replace(
+                progress,
+                step=progress.step + 1,
+                position=progress.position + shape.step_ids,
+                bytes=progress.bytes + sums.bytes,
+                elapsed_s=sums.elapsed_s,
+                optimizer_steps=progress.optimizer_steps + 1,
+            )
+            over = share_done(settings, progress, last_step) >= 1 or bool(now.stopping)
+            window.add(sums.nats, shape.step_ids)
+            if progress.step % settings.log.every_steps == 0 or over:
+                session.report(now, window, progress, lr_factor=factor, grad_norm=norm, done=done, flops=training_flops)
+                window = session.Window(progress)
+            if over:
+                break
+            if _due(progress.step, settings.eval.every_steps):
+                session.validate(now, progress, limit_bytes=settings.eval.limit_bytes)
+            if _due(progress.step, settings.sample.every_steps):
+                session.sample(now, progress)
+            minutes = settings.checkpoint.every_minutes
+            if _due(progress.step, settings.checkpoint.every_steps) or (
+                minutes is not None and progress.elapsed_s - saved.elapsed_s >= 60 * minutes
+            ):
+                session.save(now, progress)
+                saved = progress
+    if progress.step > saved.step:
+        session.save(now, progress)
+    return progress
+
+
+def share_done(settings: Config, progress: Progress, last_step: int | None) -> float:
+    """The share of the run that is behind, by the limit that is nearest; at 1 it is over."""
+    shares = [] if last_step is None else [progress.step / last_step]
+    if settings.train.minutes is not None:
+        shares.append(progress.elapsed_s / (60 * settings.train.minutes))
+    return max(shares)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _agree(now: Session, progress: Progress, lost: float, real_bytes: int) -> Sums:
+    """Sum a step over ranks before its update, and spread signals. Raises NonFiniteError on all ranks alike."""
+    engine, ranks = now.engine, now.ranks
+    bad = engine.bad_parameters()
+    finite = math.isfinite(lost)
+    elapsed = now.clock.read() if ranks.rank == 0 else 0.0
+    mine = [lost if finite else 0.0, real_bytes, float(not finite), float(sum(bad)), float(bool(now.stopping)), elapsed]
+    nats_, bytes_, bad_losses, bad_gradients, stops, elapsed = total(mine, ranks)
+    if bad_losses or bad_gradients:
+        names = list(engine.names.values())
+        causes = [] if finite else [f"rank {ranks.rank}: the loss is {lost}"]
+        causes += [f"rank {ranks.rank}: gradient of {name}" for name, times in zip(names, bad, strict=True) if times][
+            :3
+        ]
+        listed = "; ".join(cause for of_rank in gathered(causes) for cause in of_rank[:4])
+        raise NonFiniteError(
+            f"step {progress.step + 1}: not finite: {listed}. All ranks stopped before the update and the last "
+            f"checkpoint is good; try a smaller optim.lr, a longer optim.warmup_steps or train.precision=fp32"
+        )
+    if stops and not now.stopping:
+        now.stopping.append(0)
+    return Sums(nats_, int(bytes_), elapsed)
