@@ -99,7 +99,8 @@ def finish(folder: Path, progress: Progress, hashes: dict[str, str], keep_last: 
         shutil.rmtree(final)
     os.replace(folder, final)
     _sync_folder(final.parent)
-    for old in _candidates(final.parent)[keep_last:]:
+    # Newer ones stand there only if they are damaged (this step was reached again); they must not push this one out.
+    for old in [path for path in _candidates(final.parent) if path.name <= final.name][keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
     for leftover in final.parent.glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -111,15 +112,14 @@ def verify(path: Path) -> Checkpoint:
     record_path = path / "checkpoint.json"
     try:
         record: dict[str, Any] = json.loads(record_path.read_bytes())
+        if record["format"] != FORMAT:
+            raise CheckpointError(f"{record_path}: format {record['format']}, this version reads {FORMAT}")
         progress = Progress(**record["progress"])
-        hashes: dict[str, str] = record["sha256"]
-        found = record["format"]
+        hashes: dict[str, str] = dict(record["sha256"])
     except OSError as error:
         raise CheckpointError(f"{record_path}: {error.strerror}; this is not a whole checkpoint") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{record_path}: damaged ({error})") from error
-    if found != FORMAT:
-        raise CheckpointError(f"{record_path}: format {found}, this version reads {FORMAT}")
     for name, expected in hashes.items():
         file = path / name
         if Path(name).name != name:

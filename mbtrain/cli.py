@@ -72,10 +72,10 @@ def eval(
     json: str = "",
     **unknown: str,
 ) -> None:
-    """mbtrain eval RUN [--split=val] [--data=DIR] [--batch=8] [--limit=BYTES] [--precision=fp32|bf16] [--json]
+    """mbtrain eval RUN [--split=val] [--mode=basic] [--data=DIR] [--batch=8] [--limit=BYTES] [options]
 
     Exact bits per byte of a whole split: sum of nats over all targets / ln 2 / real bytes. RUN is a run directory or
-    a checkpoint in it. Rows of seq_len bytes begin without context (mode basic).
+    a checkpoint in it. Rows of seq_len bytes begin without context (mode basic). --precision=fp32 or bf16.
     --json: last line on stdout: {"bpb", "nats", "bytes", "split", "step", "by_source"}
 
     Examples:
@@ -153,6 +153,31 @@ def sample(
     sys.stderr.write(f"{len(written.continuation)} bytes at {written.bytes_per_s:.0f} bytes/s -> {written.path}\n")
     figures = {"path": written.path, "bytes": len(written.continuation), "bytes_per_s": written.bytes_per_s}
     finish(figures, as_json)
+
+
+def summary(*run: str, prompt: str = "", json: str = "", **unknown: str) -> None:
+    """mbtrain summary RUN [--prompt=TEXT] [--json]
+
+    What came of a run: validation bits per byte beside gzip -9 and xz -9e on the same bytes, bytes per second, where
+    the run and its MLflow store are, and a sample that continues the prompt.
+    --json: last line on stdout: {"step", "bpb", "bytes", "gzip_bpb", "xz_bpb", "bytes_per_s"}
+    """
+    no_unknown(summary, unknown)
+    as_json = flag("--json", json)
+    path = Path(_one_run(run))
+
+    from dataclasses import asdict
+
+    from mbtrain.summary import lines_of, summarise
+
+    figures = summarise(path)
+    for line in lines_of(path, figures):
+        write(line)
+    if prompt:
+        write(f"sample        {prompt!r} continued:\n")
+        sample(str(path), prompt=prompt)
+        write("")
+    finish(asdict(figures), as_json)
 
 
 def export(*run: str, out: str = "", json: str = "", **unknown: str) -> None:
@@ -272,6 +297,7 @@ _HELP = """mbtrain: train multiscale byte models on raw bytes
   mbtrain train CONFIG           train; alone or under deepspeed, torchrun, srun
   mbtrain eval RUN               exact bits per byte of a split
   mbtrain sample RUN             continue a prompt
+  mbtrain summary RUN            its score beside gzip and xz, speed, where things are
   mbtrain export RUN --out=DIR   safetensors and configuration, loadable in three lines
   mbtrain flops CONFIG           parameters and operations by stage
   mbtrain bench WHAT             measure against MEGABYTE-pytorch and against a bare loop
@@ -288,6 +314,7 @@ PROGRAM = Program(
         "train": train,
         "eval": eval,
         "sample": sample,
+        "summary": summary,
         "export": export,
         "flops": flops,
         "bench": bench,

@@ -23,6 +23,7 @@ from mbtrain.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -226,7 +227,7 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "autocast", "fp16"] = "bf16"
     activation_checkpointing: bool = False
     compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _some_limit(self) -> TrainConfig:
@@ -247,7 +248,7 @@ class OptimConfig(_Section):
     """
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     schedule: Literal["polynomial", "cosine", "wsd", "constant"] = "polynomial"
@@ -416,7 +417,10 @@ def _override(tree: Any, dotted: str, raw: str) -> None:
         else:
             raise ConfigError(f"{dotted}: {'.'.join(parents[:i])} is a single value and has no keys")
     # Only brackets and null are read as YAML; anything else stays a string until its field's type is known.
-    value = yaml.safe_load(raw) if raw[:1] in "[{" or raw in ("null", "None") else raw
+    try:
+        value = yaml.safe_load(raw) if raw[:1] in ("[", "{") or raw in ("null", "None") else raw
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{dotted}: got {raw!r}, which is not valid YAML: {' '.join(str(error).split())}") from error
     value = None if value == "None" else value
     if isinstance(node, list):
         node[_index(node, last, dotted)] = value
@@ -427,7 +431,7 @@ def _override(tree: Any, dotted: str, raw: str) -> None:
 
 
 def _index(node: list[Any], part: str, dotted: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise ConfigError(f"{dotted}: {part!r} is no position in a list of {len(node)}")
     return int(part)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mbtrain import checkpoint, config, vocab
 from mbtrain.config import Config
 from mbtrain.data.rows import Stream, evaluation_batch, evaluation_rows
-from mbtrain.errors import DataError
+from mbtrain.errors import CheckpointError, DataError
 from mbtrain.model import Model, build
 from mbtrain.model.loss import nats
 from mbtrain.shards import Split, open_split
@@ -94,7 +94,11 @@ def load_model(path: str | Path, device: torch.device) -> tuple[Model, Config, c
     run, found = checkpoint.find(path)
     settings = config.load(run / "config.yaml")
     model = build(settings)
-    model.load_state_dict(checkpoint.load_weights(found))
+    try:
+        model.load_state_dict(checkpoint.load_weights(found))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{found.path}: does not fit {run}/config.yaml: {reason}") from error
     return model.to(device).eval(), settings, found, run
 
 

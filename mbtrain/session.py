@@ -28,6 +28,10 @@ from mbtrain.model.flops import count
 from mbtrain.shards import Split, dataset_hash, load_manifest, open_split
 
 
+# To the line's start, and erase it.
+_CLEAR = "\r\x1b[K"
+
+
 @dataclass
 class Clock:
     """Training time in seconds: runs from `start`, rests while something else is done."""
@@ -213,10 +217,21 @@ def end(now: Session, progress: Progress, status: str) -> None:
         tracking.finish(now.shipper, now.run, status, timeout_s=30.0)
 
 
+def live(now: Session, progress: Progress, done: float) -> None:
+    """On a terminal, a line that says where the run is and is written over by the next."""
+    if now.ranks.rank == 0 and sys.stderr.isatty():
+        rate = (progress.bytes - now.progress.bytes) / max(progress.elapsed_s - now.progress.elapsed_s, 1e-9)
+        left = _duration(progress.elapsed_s * (1 - done) / done) if done > 0 else "?"
+        bar = ("#" * round(30 * min(done, 1))).ljust(30, "-")
+        where = f"step {progress.step} · {_size(progress.bytes)} · {_size(rate)}/s · {left} left"
+        sys.stderr.write(f"{_CLEAR}{bar} {done:4.0%} · {where}")
+        sys.stderr.flush()
+
+
 def say(run: Path, text: str) -> None:
     """A line on stderr and in RUN/log.txt, with the time."""
     line = f"{time.strftime('%H:%M:%S')}  {text}"
-    sys.stderr.write(line + "\n")
+    sys.stderr.write((_CLEAR if sys.stderr.isatty() else "") + line + "\n")
     sys.stderr.flush()
     with (run / "log.txt").open("a", encoding="utf-8") as file:
         file.write(line + "\n")

@@ -154,6 +154,12 @@ def run_id(run_dir: Path | str) -> str | None:
 # --- Verbs ---------------------------------------------------------------------------------------------------------
 
 
+def store(run_dir: Path | str) -> str | None:
+    """Tracking uri of the store that has the run, without a password; None if no store has it yet."""
+    known = _read_json(Path(run_dir) / "mlflow.json")
+    return known.get("tracking_uri") if known else None
+
+
 def sync(
     run_dir: Path | str, uri: str | None = None, experiment: str | None = None, run_name: str | None = None
 ) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def _loop(now: Session, progress: Progress) -> Progress:
                 window = session.Window(progress)
             if over:
                 break
+            session.live(now, progress, share_done(settings, progress, last_step))
             if _due(progress.step, settings.eval.every_steps):
                 session.validate(now, progress, limit_bytes=settings.eval.limit_bytes)
             if _due(progress.step, settings.sample.every_steps):

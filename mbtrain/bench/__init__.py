@@ -1,8 +1,20 @@
-"""Measurements: verbs of `mbtrain bench`, never timed tests."""
+"""Measurements: verbs of `mbtrain bench`, never timed tests. Nothing here imports torch before a verb runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-VERBS: dict[str, Callable[..., dict[str, Any]]] = {}
+from mbtrain.bench.generation import generate
+from mbtrain.bench.overhead import deepspeed
+from mbtrain.bench.quality import quality
+from mbtrain.bench.recipe import recipe
+from mbtrain.bench.training import train
+
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": train,
+    "quality": quality,
+    "generate": generate,
+    "deepspeed": deepspeed,
+    "recipe": recipe,
+}

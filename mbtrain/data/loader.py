@@ -36,9 +36,8 @@ class Shape:
 
 def micro_batch(stream: Stream, shape: Shape, position: int, micro_step: int) -> np.ndarray:
     """This rank's ids (micro, seq_len) in one micro-step of the optimizer step that begins at `position`."""
-    first = position + (micro_step * shape.ranks + shape.rank) * shape.micro * shape.seq_len
-    # Rows of one rank are neighbours in the stream, so they are one read.
-    return stream.read(first, shape.micro * shape.seq_len).reshape(shape.micro, shape.seq_len)
+    first = position // shape.seq_len + (micro_step * shape.ranks + shape.rank) * shape.micro
+    return np.stack([stream.row(first + i, shape.seq_len) for i in range(shape.micro)])
 
 
 @contextmanager

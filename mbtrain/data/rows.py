@@ -1,8 +1,10 @@
 """Packed rows: documents in order, a boundary after each, cut every T ids. A row is a pure function of its position.
 
-training     an endless stream: epoch 0 in its order, epoch 1 in its order, ...; row i is ids [i T, (i + 1) T).
-             Nothing is dropped at an epoch's end: the row that crosses it goes on with the next epoch. So the
+training     an endless stream: epoch 0 in its order, epoch 1 in its order, ...; cut i is ids [i T, (i + 1) T).
+             Nothing is dropped at an epoch's end: the cut that crosses it goes on with the next epoch. So the
              cuts fall elsewhere in every epoch, unless T divides the stream.
+             Rows are these cuts, shuffled within windows of about an epoch: neighbours in a stream are pieces of one
+             document, and a batch of one document trains on that document alone (it cost 0.5 bits per byte).
 evaluation   one pass in shard order; the last row is filled up and masked.
 """
 
@@ -13,9 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbtrain import vocab
-from mbtrain.data.order import permutation
+from mbtrain.data.order import mix_numbers, permutation
 from mbtrain.errors import DataError
 from mbtrain.shards import Split
+
+
+LARGEST_WINDOW = 1 << 22  # rows that are shuffled together: 32 MiB of numbers
+_ROWS = 1  # tells the numbers that shuffle rows from those that shuffle samples
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,27 @@ class Stream:
         self.split, self.boundary, self.seed = split, boundary, seed
         self.ids_per_epoch = int(split.lengths.sum()) + len(split.lengths) * int(boundary)
         if self.ids_per_epoch == 0:
-            raise DataError(f"{split.path}: no bytes in this split; prepare it with a larger share of the data")
-        self._epoch: Epoch | None = None
+            raise DataError(f"split {split.name!r}: no bytes in this split; prepare it with a larger share of the data")
+        self._epochs: dict[int, Epoch] = {}
+        self._window: tuple[int, int, np.ndarray] | None = None
 
     def epoch(self, number: int) -> Epoch:
-        """The order of one epoch; the last one asked for is kept."""
-        if self._epoch is None or self._epoch.number != number:
+        """The order of one epoch; the two last made are kept, since a window of rows touches two."""
+        if number not in self._epochs:
             n = len(self.split.lengths)
             order = np.arange(n) if self.seed is None else permutation(self.seed, number, n)
-            self._epoch = Epoch(number, order, np.cumsum(self.split.lengths[order] + int(self.boundary)))
-        return self._epoch
+            made = Epoch(number, order, np.cumsum(self.split.lengths[order] + int(self.boundary)))
+            kept = list(self._epochs.items())[-1:]
+            self._epochs = {**dict(kept), number: made}
+        return self._epochs[number]
+
+    def row(self, index: int, seq_len: int) -> np.ndarray:
+        """Training row `index`: seq_len ids. Every cut of the endless stream is one row, once."""
+        rows = min(max(self.ids_per_epoch // seq_len, 1), LARGEST_WINDOW)
+        number, i = divmod(index, rows)
+        if self._window is None or self._window[:2] != (number, rows):
+            self._window = (number, rows, permutation(mix_numbers(self.seed or 0, _ROWS), number, rows))
+        return self.read((number * rows + int(self._window[2][i])) * seq_len, seq_len)
 
     def read(self, position: int, count: int) -> np.ndarray:
         """`count` ids from `position` on, as int64; crosses samples and epochs."""

@@ -4,19 +4,71 @@ Legend: b batch · m new bytes · d features · v vocabulary · r position insid
 
 After n bytes the next one is predicted from: stage 0 at position n // P_0, and each finer stage at slot
 (n mod P_(s-1)) // P_s of the coarser stage's current position. A finer stage's cache is emptied whenever the coarser
-stage moves on; nothing else ever is. The same code takes a long prompt at once and then a byte at a time.
+stage moves on; nothing else ever is. A long prompt goes through the model's own blocks at once; one position at a time
+goes through `one_more`, the same arithmetic on tensors that were looked up once: for so little work, looking them up
+through modules and reshaping for long rows takes longer than the work. Tests hold both to the full forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbtrain.model.layers import LayerCache
+from mbtrain.model.layers import NORM_EPS, Block, LayerCache, Norm, activate, rotary_angles, rotate
 from mbtrain.model.megabyte import Megabyte, Stage
+
+Angles = tuple[Tensor, Tensor]
+OneMore = Callable[[Tensor, LayerCache, Angles | None], Tensor]
+
+
+def one_more(block: Block) -> OneMore:
+    """Block.forward in evaluation for the next position alone: (x (b, d), cache, its rotary angles) -> (b, d)."""
+    attn, ffn = block.attn, block.ffn
+    heads, width, qk_norm = attn.n_heads, attn.d_head, attn.qk_norm
+    attn_norm, ffn_norm = _norm(block.attn_norm), _norm(block.ffn_norm)
+    qkv, out, up, down = ((m.weight, m.bias) for m in (attn.qkv, attn.out, ffn.up, ffn.down))
+    token_shift, activation = block.token_shift, ffn.activation
+
+    def step(x: Tensor, cache: LayerCache, angles: Angles | None) -> Tensor:
+        normed = attn_norm(x)
+        if token_shift:
+            normed, cache.attn_last = _shift(normed, cache.attn_last)
+        qkv_ = F.linear(normed, *qkv).view(-1, 3, heads, width)
+        qk = qkv_.narrow(1, 0, 2)
+        if qk_norm:
+            qk = torch.layer_norm(qk, (width,), eps=NORM_EPS)
+        if angles is not None:
+            qk = rotate(qk, *angles)
+        q, k = qk.unbind(1)
+        n = cache.used
+        cache.keys.select(2, n).copy_(k)
+        cache.values.select(2, n).copy_(qkv_.select(1, 2))
+        keys, values = cache.keys.narrow(2, 0, n + 1), cache.values.narrow(2, 0, n + 1)
+        mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
+        x = x + F.linear(mixed.reshape(x.shape), *out)
+        normed = ffn_norm(x)
+        if token_shift:
+            normed, cache.ffn_last = _shift(normed, cache.ffn_last)
+        return x + F.linear(activate(F.linear(normed, *up), activation), *down)
+
+    return step
+
+
+def _norm(norm: Norm) -> Callable[[Tensor], Tensor]:
+    if norm.rms:
+        return norm.forward
+    gain, bias = norm.gain, norm.bias
+    return lambda x: torch.layer_norm(x, (x.shape[-1],), gain, bias, NORM_EPS)
+
+
+def _shift(x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Token shift of one position (b, d) after `before` (b, 1, d); returns it and what the next one needs."""
+    half = x.shape[-1] // 2
+    return torch.cat((x.narrow(1, 0, half), before.select(1, 0).narrow(1, half, half)), dim=-1), x.unsqueeze(1)
 
 
 class Decoder:
@@ -36,6 +88,10 @@ class Decoder:
         for stage in self.stages:
             room = stage.slots or model.seq_len // self.patch + 1
             self.caches.append(stage.transformer.new_caches(batch, room, weight.detach()))
+        self.steps = [[one_more(cast(Block, block)) for block in stage.transformer.blocks] for stage in self.stages]
+        self.angles = [
+            self._angles(stage, caches[0].keys) for stage, caches in zip(self.stages, self.caches, strict=True)
+        ]
         self.outputs: list[Tensor | None] = [None] * len(self.stages)
         self.parents = [-1] * len(self.stages)
 
@@ -69,10 +125,28 @@ class Decoder:
             x = self._positions(stage, start, done, need)
             if parent is not None:
                 x = stage.condition_slots(x, parent, done)
-            self.outputs[s] = stage.transformer(x, caches)[:, -1]
+            one = need == done + 1
+            self.outputs[s] = self._one_more(s, stage, x[:, 0]) if one else stage.transformer(x, caches)[:, -1]
         output = self.outputs[s]
         assert output is not None
         return output
+
+    def _one_more(self, s: int, stage: Stage, x: Tensor) -> Tensor:
+        """Transformer.forward for the next position alone, (b, d)."""
+        caches, table = self.caches[s], self.angles[s]
+        n = caches[0].used
+        angles = None if table is None else (table[0][n], table[1][n])
+        for step, cache in zip(self.steps[s], caches, strict=True):
+            x = step(x, cache, angles)
+            cache.used = n + 1
+        norm = stage.transformer.final_norm
+        return x if norm is None else cast(Tensor, norm(x))
+
+    def _angles(self, stage: Stage, keys: Tensor) -> Angles | None:
+        """Rotary angles of all positions that the cache has room for."""
+        if not cast(Block, stage.transformer.blocks[0]).attn.rotary:
+            return None
+        return rotary_angles(0, keys.shape[2], keys.shape[3], keys.device)
 
     def _positions(self, stage: Stage, start: int, done: int, need: int) -> Tensor:
         """Inputs of positions done .. need (each the embedding of the one before it; the pad at 0), (b, r, d)."""

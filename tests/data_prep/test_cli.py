@@ -186,7 +186,7 @@ def test_the_module_is_the_command_and_works_in_processes(notes: Path, tmp_path:
 def test_every_help_text_names_every_option() -> None:
     import inspect
 
-    for name, verb in cli.VERBS.items():
+    for name, verb in cli.PROGRAM.verbs.items():
         shown = inspect.getdoc(verb) or ""
         assert shown.startswith(f"mbtrain-prep {name} ")
         for parameter in inspect.signature(verb).parameters.values():

@@ -1,0 +1,176 @@
+"""mbtrain's side of `mbtrain bench`, in a process of its own; answers by the protocol that peer.py describes.
+
+    python -m mbtrain.bench.own CONFIG MODE ROWS_FILE
+
+MODE  engine    a step is what `mbtrain train` does: DeepSpeed, the sums over ranks, the checks for finite numbers
+      bare      the same model, precision, optimizer and clipping in a plain torch loop
+      generate  sample.generate in fp32
+
+Rows come from a file of raw bytes, so that both sides train on the same ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbtrain import config, engine, hardware, sample
+from mbtrain.bench.peer import Handlers, clock, rows_at, serve
+from mbtrain.config import Config
+from mbtrain.data.order import mix_numbers
+from mbtrain.errors import ConfigError
+from mbtrain.model import Model, build
+from mbtrain.model.loss import nats
+from mbtrain.schedule import lr_factor
+
+Step = Callable[[Tensor, float], float]
+
+
+def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[], dict[str, Tensor]]]:
+    """A step as in train.py, (ids, LR factor) -> nats per id, and the fp32 weights so far."""
+    wrapped = engine.Engine(settings, build(settings), ranks)
+    wrapped.module.train()
+    done = [0]
+
+    def step(ids: Tensor, factor: float) -> float:
+        lost = torch.zeros((), dtype=torch.float64)
+        for micro_step, part in enumerate(ids.split(wrapped.micro)):
+            torch.manual_seed(mix_numbers(settings.train.seed, done[0], micro_step, ranks.rank))
+            each = nats(wrapped(part), part)
+            wrapped.backward(each.mean())
+            lost += each.detach().double().sum()
+            if micro_step + 1 < wrapped.accumulation:
+                wrapped.step(0.0)
+        summed = engine.total([float(lost), float(sum(wrapped.bad_parameters())), 0.0, 0.0, 0.0, 0.0], ranks)
+        wrapped.step(factor)
+        done[0] += 1
+        return summed[0] / ids.numel()
+
+    return step, lambda: dict(wrapped.weights())
+
+
+def bare_step(settings: Config) -> Step:
+    """The same update in a plain loop: bf16 weights with fp32 masters, or fp32; fused AdamW, clipping."""
+    train = settings.train
+    if train.precision not in ("bf16", "fp32"):
+        raise ConfigError(f"train.precision: got {train.precision}, expected bf16 or fp32 for a bare loop")
+    model = build(settings)
+    masters = [p.detach().clone() for p in model.parameters()] if train.precision == "bf16" else []
+    groups = engine.parameter_groups(model, settings)
+    if masters:
+        place = {id(p): master for p, master in zip(model.parameters(), masters, strict=True)}
+        for group in groups:
+            group["params"] = [place[id(p)] for p in group["params"]]
+        model.bfloat16()
+    params = list(model.parameters())
+    trained = masters or params
+    optimizer = torch.optim.AdamW(groups, betas=settings.optim.betas, eps=settings.optim.eps, fused=True)
+    micro, accumulation = config.batch_shape(settings, 1)
+    model.train()
+
+    def step(ids: Tensor, factor: float) -> float:
+        lost = 0.0
+        for part in ids.split(micro):
+            loss = nats(model(part), part).mean() / accumulation
+            loss.backward()
+            lost += float(loss.detach())
+        for master, param in zip(masters, params, strict=False):
+            assert param.grad is not None
+            master.grad, param.grad = param.grad.float(), None
+        if train.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(trained, train.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.optim.lr * group["lr_scale"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for master, param in zip(masters, params, strict=False):
+                param.copy_(master)
+        return lost
+
+    return step
+
+
+def handlers(settings: Config, mode: str, train_file: str) -> Handlers:
+    """What mbtrain's worker answers in this mode."""
+    ranks = engine.start()  # in every mode: threads, denormals and memory are then the same
+    torch.manual_seed(settings.train.seed)
+    if mode == "generate":
+        return _generating(build(settings).eval())
+    if mode == "bare":
+        return _training(settings, train_file, bare_step(settings), None)
+    return _training(settings, train_file, *engine_step(settings, ranks))
+
+
+def _training(
+    settings: Config, train_file: str, step: Step, weights: Callable[[], dict[str, Tensor]] | None
+) -> Handlers:
+    rows, seq_len = settings.train.global_batch_size, settings.data.seq_len
+    done = [0]
+
+    def advance(share: float) -> float:
+        ids = torch.from_numpy(rows_at(train_file, done[0], rows, seq_len))
+        lost = step(ids, lr_factor(settings.optim, done[0], share))
+        done[0] += 1
+        return lost
+
+    def steps(n: int) -> dict[str, Any]:
+        """n optimizer steps."""
+        return {"loss_nats": [advance(0.0) for _ in range(n)][-1]}
+
+    def train(seconds: float, by: str) -> dict[str, Any]:
+        """Train until so many seconds of a clock are over; the LR follows the share of them."""
+        began = clock(by)
+        while (spent := clock(by) - began) < seconds:
+            advance(spent / seconds)
+        return {"steps": done[0], "bytes": done[0] * rows * seq_len}
+
+    def score(path: str, windows: int) -> dict[str, Any]:
+        """Nats over all bytes of the file's first windows, by the fp32 weights, as `mbtrain eval` does."""
+        assert weights is not None
+        model = build(settings)
+        model.load_state_dict(weights())
+        model.eval()
+        summed = 0.0
+        with torch.inference_mode():
+            for number in range(windows):
+                ids = torch.from_numpy(rows_at(path, number, 1, seq_len))
+                summed += float(nats(model(ids), ids).double().sum())
+        return {"nats": summed, "bytes": windows * seq_len}
+
+    def peaks() -> dict[str, Any]:
+        """The most operations per second that products reach here and now, by precision."""
+        return {
+            "bf16": hardware.measured_peak(torch.bfloat16),
+            "fp32": hardware.measured_peak(torch.float32),
+        }
+
+    made: Handlers = {"steps": steps, "train": train, "peaks": peaks}
+    if weights is not None:
+        made["score"] = score
+    return made
+
+
+def _generating(model: Model) -> Handlers:
+    def generate(rows: int, n_bytes: int) -> dict[str, Any]:
+        """Rows of n_bytes from nothing."""
+        made = sample.generate(model, [b""] * rows, n_bytes, sample.Sampling())
+        return {"bytes": sum(map(len, made))}
+
+    return {"generate": generate}
+
+
+def main(argv: list[str]) -> None:
+    """argv: configuration file, mode, file of rows."""
+    path, mode, rows_file = argv
+    settings = config.load(Path(path))
+    serve(lambda: handlers(settings, mode, rows_file))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,155 @@
+"""The recipe search: bits per byte of many variants of a configuration at equal CPU time.
+
+    mbtrain bench recipe --config=configs/quickstart.yaml --data=shards/stdlib --table=FILE --cpu-seconds=60
+
+Each variant is trained by one process with one thread until it has used its CPU seconds (so that two may run side by
+side, and other work on the machine hardly counts), then scored on the first bytes of the validation split. A variant is
+a line `name: key=value key=value` of the table file; `base:` has no changes. Results go to FILE.tsv, line by line: a
+search that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mbtrain.command import no_unknown, number
+from mbtrain.errors import ConfigError
+
+
+def recipe(
+    *,
+    config: str = "configs/quickstart.yaml",
+    data: str = "shards/stdlib",
+    table: str = "",
+    cpu_seconds: str = "60",
+    seeds: str = "1",
+    val_bytes: str = "200000",
+    jobs: str = "2",
+    **unknown: str,
+) -> dict[str, Any]:
+    """Run every variant of a table that has no result yet; returns {"variants", "best", "bpb"}. See the module."""
+    no_unknown(recipe, unknown)
+    variants = _read_table(Path(table))
+    results_path = Path(table).with_suffix(".tsv")
+    done = {line.split("\t")[0] for line in _lines(results_path)}
+    work = [
+        (f"{name}#{seed}", [*changes, f"--train.seed={seed}"])
+        for seed in range(number("--seeds", seeds, int, 1))
+        for name, changes in variants.items()
+        if f"{name}#{seed}" not in done
+    ]
+
+    def run(item: tuple[str, list[str]]) -> None:
+        name, changes = item
+        command = [sys.executable, "-m", "mbtrain.bench.recipe", config, data, cpu_seconds, val_bytes, *changes]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = ended.stdout.strip().splitlines()
+        # "diverged" is a result too; anything else that failed is shown with its last line.
+        outcome = lines[-1] if ended.returncode == 0 and lines else f"failed\t{ended.stderr.strip()[-200:]!r}"
+        with results_path.open("a", encoding="utf-8") as file:
+            file.write(f"{name}\t{outcome}\t{' '.join(changes)}\n")
+        sys.stderr.write(f"{name}\t{outcome}\n")
+
+    with ThreadPoolExecutor(number("--jobs", jobs, int, 1)) as pool:
+        list(pool.map(run, work))
+    scored = [(float(f[1]), f[0]) for f in (line.split("\t") for line in _lines(results_path)) if f[1] != "failed"]
+    bpb, best = min(scored, default=(math.nan, ""))
+    return {"variants": len(scored), "best": best, "bpb": bpb}
+
+
+def _read_table(path: Path) -> dict[str, list[str]]:
+    if not path.is_file():
+        raise ConfigError(
+            f"--table={path}: expected a file with a variant a line, as in 'wide: model.block.norm=rmsnorm'"
+        )
+    variants = {}
+    for line in _lines(path):
+        if line.strip() and not line.startswith("#"):
+            name, _, changes = line.partition(":")
+            variants[name.strip()] = [f"--{change}" for change in changes.split()]
+    return variants
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, overrides: dict[str, str]) -> str:
+    """Train and score one variant in this process: 'bpb, updates, megabytes, parameters, bytes per CPU second'."""
+    import torch
+
+    from mbtrain import config, engine, evaluate
+    from mbtrain.data.loader import Shape, micro_batch
+    from mbtrain.data.rows import Stream
+    from mbtrain.model import build
+    from mbtrain.model.flops import count
+    from mbtrain.model.loss import nats
+    from mbtrain.schedule import lr_factor
+    from mbtrain.shards import open_split
+
+    settings = config.load(config_path, overrides)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    engine.keep_memory()
+    torch.manual_seed(settings.train.seed)
+    model = build(settings)
+    low = settings.train.precision == "bf16"
+    masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    groups = engine.parameter_groups(model, settings)
+    if low:  # as DeepSpeed does: bf16 weights, fp32 masters
+        model = model.bfloat16()
+        master_of = dict(zip(map(id, model.parameters()), masters, strict=True))
+        for group in groups:
+            group["params"] = [master_of[id(p)] for p in group["params"]]
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(groups, betas=settings.optim.betas, eps=settings.optim.eps, fused=True)
+    stream = Stream(open_split(data, "train"), boundary=settings.data.boundary, seed=settings.train.seed)
+    rows, t = settings.train.global_batch_size, settings.data.seq_len
+    shape = Shape(t, rows, accumulation=1, rank=0, ranks=1)
+    step, position, began = 0, 0, time.process_time()
+    while (spent := time.process_time() - began) < cpu_seconds:
+        ids = torch.from_numpy(micro_batch(stream, shape, position, 0))
+        loss = nats(model(ids), ids).mean()
+        loss.backward()
+        if low:
+            for master, p in zip(masters, params, strict=True):
+                master.grad = p.grad.float() if p.grad is not None else None
+                p.grad = None
+        trained = masters if low else params
+        torch.nn.utils.clip_grad_norm_(trained, settings.train.gradient_clipping)
+        for group in optimizer.param_groups:
+            factor = lr_factor(settings.optim, step, spent / cpu_seconds)
+            group["lr"] = settings.optim.lr * group["lr_scale"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        if low:
+            with torch.no_grad():
+                for master, p in zip(masters, params, strict=True):
+                    p.copy_(master)
+        step, position = step + 1, position + rows * t
+        if step % 20 == 0 and not math.isfinite(loss.item()):
+            return f"{math.inf}\tdiverged at update {step}"
+    model.eval()
+    score = evaluate.score(
+        model,
+        open_split(data, "val"),
+        boundary=settings.data.boundary,
+        seq_len=t,
+        batch=16,
+        device=torch.device("cpu"),
+        limit_bytes=val_bytes,
+    )
+    size = count(settings).parameters
+    return f"{score.bpb:.4f}\t{step}\t{position / 1e6:.2f}\t{size / 1e6:.2f}\t{position / cpu_seconds:.0f}"
+
+
+if __name__ == "__main__":
+    _, _config, _data, _seconds, _bytes, *_changes = sys.argv
+    _overrides = dict(change.removeprefix("--").split("=", 1) for change in _changes)
+    sys.stdout.write(_train_one(_config, _data, float(_seconds), int(_bytes), _overrides) + "\n")
