@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -37,7 +38,7 @@ class Progress:
     bytes            real bytes trained on (boundaries not counted)
     elapsed_s        time spent training, over all parts of the run
     optimizer_steps  updates that AdamW made
-    best             reserved for later policies; loss_scaler: fp16's scaler
+    loss_scaler      fp16's dynamic scale; empty otherwise
     """
 
     step: int = 0
@@ -64,8 +65,8 @@ def name_of(step: int) -> str:
     return f"step_{step:010d}"
 
 
-def write_shard(folder: Path, state: Iterator[tuple[str, dict[str, Tensor]]], rank: int, ranks: int) -> dict[str, str]:
-    """Write this rank's share of the parameters into `folder`; returns sha256 by file name.
+def share(state: Iterator[tuple[str, dict[str, Tensor]]], rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
+    """This rank's share of the parameters, by file.
 
     The iterator is collective, so every rank runs through all of it and keeps every ranks-th parameter.
     """
@@ -77,9 +78,13 @@ def write_shard(folder: Path, state: Iterator[tuple[str, dict[str, Tensor]]], ra
             weights[name] = whole["weight"].clone(memory_format=torch.contiguous_format)
             for key in ("exp_avg", "exp_avg_sq"):
                 moments[f"{key}.{name}"] = whole[key].clone(memory_format=torch.contiguous_format)
+    return {"weights": weights, "moments": moments}
+
+
+def write_share(folder: Path, mine: dict[str, dict[str, Tensor]], rank: int, ranks: int) -> dict[str, str]:
+    """Write what `share` gave into `folder`; returns sha256 by file name. Raises OSError."""
     part = f"{rank:05d}-of-{ranks:05d}.safetensors"
-    files = {f"weights-{part}": weights, f"moments-{part}": moments}
-    return {file: _write_tensors(folder / file, tensors) for file, tensors in files.items()}
+    return {f"{kind}-{part}": _write_tensors(folder / f"{kind}-{part}", tensors) for kind, tensors in mine.items()}
 
 
 def begin(run: Path, step: int) -> Path:
@@ -93,10 +98,11 @@ def begin(run: Path, step: int) -> Path:
 def finish(folder: Path, progress: Progress, hashes: dict[str, str], keep_last: int) -> Path:
     """Name a folder whose files are all written; removes checkpoints beyond keep_last. Call on one rank."""
     record = {"format": FORMAT, "progress": asdict(progress), "sha256": hashes}
+    record["self"] = _record_hash(record)
     write_atomically(folder / "checkpoint.json", json.dumps(record, indent=1).encode())
     final = folder.parent / name_of(progress.step)
-    if final.exists():  # the same step saved again: it holds the same state, but the new one is known to be whole
-        shutil.rmtree(final)
+    if final.exists():  # the same step saved again
+        os.replace(final, folder.parent / f".{final.name}.old.tmp")
     os.replace(folder, final)
     _sync_folder(final.parent)
     # Newer ones stand there only if they are damaged (this step was reached again); they must not push this one out.
@@ -114,6 +120,8 @@ def verify(path: Path) -> Checkpoint:
         record: dict[str, Any] = json.loads(record_path.read_bytes())
         if record["format"] != FORMAT:
             raise CheckpointError(f"{record_path}: format {record['format']}, this version reads {FORMAT}")
+        if record.pop("self") != _record_hash(record):
+            raise CheckpointError(f"{record_path}: its content is not what was written (its own hash differs)")
         progress = Progress(**record["progress"])
         hashes: dict[str, str] = dict(record["sha256"])
     except OSError as error:
@@ -126,7 +134,11 @@ def verify(path: Path) -> Checkpoint:
             raise CheckpointError(f"{record_path}: {name!r} is no plain file name")
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
-        if file_hash(file) != expected:
+        try:
+            found = file_hash(file)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+        if found != expected:
             raise CheckpointError(f"{file}: its content is not what was written (sha256 differs)")
     return Checkpoint(path, progress, tuple(hashes))
 
@@ -189,6 +201,10 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _record_hash(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     from safetensors.torch import save
 
@@ -211,7 +227,7 @@ def _load(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_[0-9]*"), reverse=True)
+    return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{10}", p.name)), reverse=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -39,7 +39,9 @@ def train(*config: str, run: str = "", resume: str = "", json: str = "", **overr
         no_unknown(train, {unknown[0]: ""})
     going_on = bool(resume) and resume != "false"
     if going_on and resume != "true":
-        run = run or resume
+        if run and Path(run) != Path(resume):
+            raise ConfigError(f"--run={run}, --resume={resume}: expected one folder; a run goes on in its own")
+        run = resume
     if len(config) > 1 or (not config and not (going_on and run)):
         raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
 
@@ -56,9 +58,10 @@ def train(*config: str, run: str = "", resume: str = "", json: str = "", **overr
         if result.bpb is not None:
             write(f"{result.run}: step {result.step}, val/bpb {result.bpb:.4f}")
         finish({"run": result.run, "step": result.step, "val/bpb": result.bpb, "status": result.status}, as_json)
-    if result.status == "KILLED":
-        sys.stdout.flush()
-        sys.exit(143)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: a thread of the process group that wakes while the interpreter ends would abort it (status -6).
+    os._exit(143 if result.status == "KILLED" else 0)
 
 
 def eval(
@@ -68,15 +71,16 @@ def eval(
     data: str = "",
     batch: str = "8",
     limit: str = "",
-    precision: str = "fp32",
+    precision: str = "as-trained",
     json: str = "",
     **unknown: str,
 ) -> None:
     """mbtrain eval RUN [--split=val] [--mode=basic] [--data=DIR] [--batch=8] [--limit=BYTES] [options]
 
     Exact bits per byte of a whole split: sum of nats over all targets / ln 2 / real bytes. RUN is a run directory or
-    a checkpoint in it. Rows of seq_len bytes begin without context (mode basic). --precision=fp32 or bf16.
-    --json: last line on stdout: {"bpb", "nats", "bytes", "split", "step", "by_source"}
+    a checkpoint in it. Rows of seq_len bytes begin without context (mode basic). --precision=P
+    is as-trained (as the training's own validation computes), fp32, bf16 or autocast.
+    --json: last line on stdout: {"bpb", "nats", "bytes", "split", "step", "precision", "by_source"}
 
     Examples:
       mbtrain eval runs/quickstart
@@ -85,8 +89,8 @@ def eval(
     no_unknown(eval, unknown)
     if mode != "basic":
         raise ConfigError(f"--mode: expected basic, got {mode!r}")
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"--precision: expected fp32 or bf16, got {precision!r}")
+    if precision not in ("as-trained", "fp32", "bf16", "autocast"):
+        raise ConfigError(f"--precision: expected as-trained, fp32, bf16 or autocast, got {precision!r}")
     as_json, rows = flag("--json", json), number("--batch", batch, int, 1)
     limit_bytes = number("--limit", limit, int, 1) if limit else None
 
@@ -143,7 +147,7 @@ def sample(
         "temperature": number("--temperature", temperature, float, 0),
         "top_k": number("--top-k", top_k, int, 1) if top_k else None,
         "top_p": number("--top-p", top_p, float, 1e-9) if top_p else None,
-        "seed": number("--seed", seed, int, 0),
+        "seed": number("--seed", seed, int, 0) % 2**63,
     }
 
     from mbtrain import sample as sampling

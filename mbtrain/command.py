@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mbtrain.errors import CheckpointError, ConfigError, MbtrainError, NonFiniteError
+from mbtrain.errors import CheckpointError, ConfigError, DataError, MbtrainError, NonFiniteError
 
 # Raised on all ranks alike: rank 0 says it for all.
-SHARED = (ConfigError, CheckpointError, NonFiniteError)
+SHARED = (ConfigError, DataError, CheckpointError, NonFiniteError)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run(program: Program, args: list[str]) -> None:
     fire.Fire({name: fire.decorators.SetParseFn(str)(verb) for name, verb in program.verbs.items()}, command)
 
 
-def no_unknown(verb: Callable[..., None], unknown: Mapping[str, str]) -> None:
+def no_unknown(verb: Callable[..., Any], unknown: Mapping[str, str]) -> None:
     """Raise ConfigError for options that a verb does not have."""
     if unknown:
         kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

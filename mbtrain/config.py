@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mbtrain import vocab
 from mbtrain.errors import ConfigError
@@ -28,6 +28,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read true as the number 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("a value that is neither true nor false")
+        return value
 
 
 class StageConfig(_Section):
@@ -118,7 +126,7 @@ _MODERN: dict[str, Any] = {
         "activation": "relu2",
         "bias": False,
         "qk_norm": True,
-        "token_shift": True,
+        "token_shift": False,
         "dropout": 0.0,
     },
     "init": {"scheme": "fan_in", "std": 0.02, "embed_std": 0.3, "residual": "scaled"},
@@ -191,7 +199,8 @@ class DataConfig(_Section):
     path       a directory made by mbtrain-prep
     seq_len    T, bytes (and boundaries) in a row; a multiple of the coarsest patch_size
     boundary   put id 256 after every document; false for pieces of one long file
-    check      what is compared with the manifest before training: file sizes, or full: every file's hash
+    check      what is compared with the manifest before training: size, full: every file's hash too, or auto: full
+               up to 16 GiB a split
     """
 
     path: str
@@ -199,7 +208,7 @@ class DataConfig(_Section):
     boundary: bool = True
     train_split: str = "train"
     val_split: str = "val"
-    check: Literal["size", "full"] = "full"
+    check: Literal["auto", "size", "full"] = "auto"
 
 
 class TrainConfig(_Section):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mbtrain.config import Config, batch_shape
-from mbtrain.errors import ConfigError
 from mbtrain.model.layers import Transformer, role_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,7 +62,7 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000},
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
-    if bf16 and stage in (1, 2):
+    if bf16:
         # Accumulated in bf16, a batch cut in four gives another gradient than the same batch in one piece.
         made["data_types"] = {"grad_accum_dtype": "fp32"}
     return made
@@ -154,8 +154,6 @@ class Engine:
     """A model under DeepSpeed: forward and backward by micro-step, one optimizer step, exact state in and out."""
 
     def __init__(self, config: Config, model: nn.Module, ranks: Ranks):
-        if config.train.precision == "fp16" and ranks.device.type == "cpu":
-            raise ConfigError("train.precision: got fp16, expected fp32, bf16 or autocast on CPU (fp16 needs a GPU)")
         self.config, self.ranks = config, ranks
         # Without ZeRO and loss scaling, DeepSpeed leaves weights, gradients and optimizer where torch has them.
         self._plain = config.train.zero_stage == 0 and config.train.precision != "fp16"
@@ -176,7 +174,7 @@ class Engine:
         )
         self.module: nn.Module = self.engine.module
         self.optimizer: torch.optim.Optimizer = optimizer
-        self.bad_gradients = torch.zeros(len(self.names), dtype=torch.int32, device=ranks.device)
+        self.gradient_sums = torch.zeros(len(self.names), dtype=torch.float32, device=ranks.device)
         self._ready_moments()
         if config.train.precision != "fp16":  # there, an overflow is an ordinary event that DeepSpeed skips
             self._watch_gradients()
@@ -189,10 +187,10 @@ class Engine:
         """Gradients of a micro-step's mean loss; averaging over micro-steps and ranks is DeepSpeed's."""
         self.engine.backward(loss)
 
-    def bad_parameters(self) -> list[int]:
-        """Per parameter: how often its gradient was not finite since the last call, on this rank."""
-        bad = [int(x) for x in self.bad_gradients.tolist()]
-        self.bad_gradients.zero_()
+    def bad_parameters(self) -> list[bool]:
+        """Per parameter: whether its gradient held anything not finite since the last call, on this rank."""
+        bad = [not math.isfinite(x) for x in self.gradient_sums.tolist()]
+        self.gradient_sums.zero_()
         return bad
 
     def step(self, lr_factor: float) -> float:
@@ -294,7 +292,7 @@ class Engine:
     def _watch_gradients(self) -> None:
         def watch(index: int) -> Any:
             def look(grad: Tensor) -> None:
-                self.bad_gradients[index] += (~torch.isfinite(grad.sum(dtype=torch.float32))).to(torch.int32)
+                self.gradient_sums[index] += grad.sum(dtype=torch.float32)  # what is not finite stays so in a sum
 
             return look
 

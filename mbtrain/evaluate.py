@@ -64,22 +64,30 @@ def score(
     """Score a split in rows of seq_len that begin without context (the paper's basic evaluation).
 
     logits_of: ids (batch, seq_len) -> logits; called equally often on every rank, as ZeRO-3 needs.
-    reduce sums a list over ranks. limit_bytes scores only the first rows. Raises DataError when nothing is scored.
+    reduce sums a list over ranks. limit_bytes scores only the first rows. Raises DataError when nothing is scored;
+    also, on the rank that could not read its part, after the others have been kept company to the end.
     """
     stream = Stream(split, boundary=boundary, seed=None)
     rows = evaluation_rows(stream, seq_len, limit_bytes)
     sources = split.source_names
     sums = np.zeros((2, len(sources)), np.float64)  # nats; real bytes (exact below 2**53)
+    unread: DataError | None = None
     with torch.inference_mode():
         for first in range(0, rows, batch * ranks):
             mine = list(range(first + rank * batch, min(first + (rank + 1) * batch, rows)))
-            ids, mask = evaluation_batch(stream, seq_len, mine, batch)
+            try:
+                ids, mask = evaluation_batch(stream, seq_len, mine, batch)
+            except DataError as error:  # raised at the end: until then this rank keeps in step
+                unread, mine = error, []
+                ids, mask = evaluation_batch(stream, seq_len, mine, batch)
             tensor = torch.from_numpy(ids).to(device)
             lost = nats(logits_of(tensor), tensor).double().cpu().numpy()[mask]
             of = np.concatenate([stream.sources(row * seq_len, seq_len) for row in mine]) if mine else np.zeros(0, int)
             sums[0] += np.bincount(of, weights=lost, minlength=len(sources))
             sums[1] += np.bincount(of[ids[mask] != vocab.BOUNDARY], minlength=len(sources))
     sums = np.array(reduce(sums.ravel().tolist())).reshape(2, -1)
+    if unread is not None:
+        raise unread
     if sums[1].sum() == 0:
         raise DataError("evaluation: no bytes in this split; prepare it with a larger share of the data")
     by_source = {name: (float(sums[0, i]), int(sums[1, i])) for i, name in enumerate(sources) if sums[1, i]}
@@ -109,19 +117,28 @@ def evaluate_run(
     data: str | None = None,
     batch: int = 8,
     limit_bytes: int | None = None,
-    precision: str = "fp32",
+    precision: str = "as-trained",
 ) -> dict[str, Any]:
-    """Score a run in this process: {"bpb", "nats", "bytes", "split", "step", "by_source"}. Raises on unknown splits."""
+    """Score a run in this process: {"bpb", "nats", "bytes", "split", "step", "precision", "by_source"}.
+
+    precision: as-trained computes as the training's own validation does; or fp32, bf16, autocast.
+    Raises DataError for unknown splits, CheckpointError for a run that is not whole.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, settings, found, _ = load_model(path, device)
+    if precision == "as-trained":
+        stage0 = settings.train.precision == "bf16" and settings.train.zero_stage == 0
+        precision = "autocast" if stage0 else settings.train.precision
+    if precision in ("bf16", "fp16"):
+        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float16)
 
     def logits_of(ids: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
             return model(ids)
 
     result = score(
         logits_of,
-        open_split(data or settings.data.path, split, settings.data.check),
+        open_split(data or settings.data.path, split),
         boundary=settings.data.boundary,
         seq_len=settings.data.seq_len,
         batch=batch,
@@ -134,5 +151,6 @@ def evaluate_run(
         "bytes": result.bytes,
         "split": split,
         "step": found.progress.step,
+        "precision": precision,
         "by_source": {name: n / math.log(2) / b for name, (n, b) in result.by_source.items()},
     }

@@ -7,6 +7,7 @@ logits = model(torch.tensor([list(b"any bytes")]))
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mbtrain import config
-from mbtrain.checkpoint import write_atomically
+from mbtrain.checkpoint import file_hash, write_atomically
 from mbtrain.errors import CheckpointError, ConfigError
 from mbtrain.evaluate import load_model
 from mbtrain.model import Model, build
@@ -26,6 +27,7 @@ def load(path: str | Path) -> Model:
     from safetensors.torch import load_file
 
     path = Path(path)
+    _must_be_whole(path)
     model = build(config.load(path / "config.yaml"))
     try:
         model.load_state_dict(load_file(path / "weights.safetensors"))
@@ -34,8 +36,20 @@ def load(path: str | Path) -> Model:
     return model.eval()
 
 
+def _must_be_whole(path: Path) -> None:
+    """Compare the files with SHA256SUMS (which `sha256sum -c` reads too)."""
+    try:
+        lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines()
+        sums = {name: expected for expected, name in (line.split("  ", 1) for line in lines)}
+        for name in ("weights.safetensors", "config.yaml"):
+            if file_hash(path / name) != sums.get(name):
+                raise CheckpointError(f"{path / name}: its content is not what was exported (sha256 differs)")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole export ({error})") from error
+
+
 def export_run(path: str | Path, out: str | Path) -> Path:
-    """Write OUT/weights.safetensors and OUT/config.yaml; reload them and compare the logits, bit for bit.
+    """Write weights.safetensors, config.yaml and SHA256SUMS to OUT; reload and compare the logits, bit for bit.
 
     OUT must not exist yet. Raises CheckpointError when the reloaded model differs, and leaves nothing under OUT.
     """
@@ -49,8 +63,10 @@ def export_run(path: str | Path, out: str | Path) -> Path:
     temporary.mkdir(parents=True)
     try:
         weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-        write_atomically(temporary / "weights.safetensors", save(weights))
-        write_atomically(temporary / "config.yaml", config.to_yaml(settings).encode())
+        files = {"weights.safetensors": save(weights), "config.yaml": config.to_yaml(settings).encode()}
+        sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+        for name, content in {**files, "SHA256SUMS": sums.encode()}.items():
+            write_atomically(temporary / name, content)
         ids = torch.arange(min(256, settings.data.seq_len)).unsqueeze(0) % 256
         with torch.inference_mode():
             if not torch.equal(load(temporary)(ids), model(ids)):

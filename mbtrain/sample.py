@@ -47,10 +47,11 @@ class Written:
 
 def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     """Logits (b, v) -> probabilities (b, v) after temperature (above 0), top_k and top_p."""
-    logits = logits.float() / how.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / how.temperature
     if how.top_k is not None and how.top_k < logits.shape[-1]:
-        least = logits.topk(how.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        kept, ids = logits.topk(how.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, kept)
     p = logits.softmax(dim=-1)
     if how.top_p is not None and how.top_p < 1:
         ordered, ids = p.sort(dim=-1, descending=True)
@@ -81,6 +82,9 @@ def generate(model: Model, prompts: Sequence[bytes], n_bytes: int, how: Sampling
     device = next(model.parameters()).device
     knows_boundary = model.vocab_size > vocab.NUM_BYTES
     given = [([vocab.BOUNDARY] if knows_boundary else []) + list(prompt) for prompt in prompts]
+    row, patch = model.seq_len, model.patch_size
+    # A prompt that fills a row is cut to what the decoder would keep of it, whatever stands beside it in the batch.
+    given = [ids if len(ids) < row else ids[len(ids) - row // 2 // patch * patch :] for ids in given]
     shortest, longest = min(map(len, given)), max(map(len, given))
     uniform = np.stack(
         [np.random.Generator(np.random.Philox(key=[how.seed, i])).random(n_bytes) for i in range(len(given))]

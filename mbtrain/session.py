@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,7 @@ from mbtrain.model import build
 from mbtrain.model.flops import count
 from mbtrain.shards import Split, dataset_hash, load_manifest, open_split
 
+FULL_CHECK_BYTES = 16 << 30  # data.check auto: larger splits are compared by file sizes alone
 
 # To the line's start, and erase it.
 _CLEAR = "\r\x1b[K"
@@ -53,7 +55,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Session:
-    """All that a training holds. `stopping` is empty until a signal came; then it holds the signal's number."""
+    """All that a training holds. `stopping` is empty until a signal came to this rank; ranks agree on it each step."""
 
     settings: Config
     run: Path
@@ -84,13 +86,15 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
     """Join the ranks, check everything, build or load; afterwards leave a status and the process group."""
     stopping: list[int] = []
     ranks = start()
+    ours = False
     try:
-        with _signals_noted(stopping):
-            splits = _open_data(settings, ranks)
-            found = _prepare_run(settings, run, resume, ranks)
+        with _signals_noted(stopping), ExitStack() as held:
+            splits = on_all_ranks(lambda: _checked_splits(settings, ranks))
+            found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, held), ranks)
+            ours = True
             yield _begin(settings, run, ranks, splits, found, stopping)
     except BaseException as error:
-        if ranks.rank == 0 and run.is_dir():
+        if ranks.rank == 0 and ours:
             _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
         raise
     finally:
@@ -143,17 +147,19 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
     with now.clock.resting():
         began = time.perf_counter()
         now.engine.module.eval()
-        score = evaluate.score(
-            now.engine,
-            now.val_split,
-            boundary=now.settings.data.boundary,
-            seq_len=now.settings.data.seq_len,
-            batch=now.settings.eval.batch_size or now.engine.micro,
-            device=now.ranks.device,
-            rank=now.ranks.rank,
-            ranks=now.ranks.ranks,
-            reduce=lambda sums: total(sums, now.ranks),
-            limit_bytes=limit_bytes,
+        score: evaluate.Score = on_all_ranks(
+            lambda: evaluate.score(
+                now.engine,
+                now.val_split,
+                boundary=now.settings.data.boundary,
+                seq_len=now.settings.data.seq_len,
+                batch=now.settings.eval.batch_size or now.engine.micro,
+                device=now.ranks.device,
+                rank=now.ranks.rank,
+                ranks=now.ranks.ranks,
+                reduce=lambda sums: total(sums, now.ranks),
+                limit_bytes=limit_bytes,
+            )
         )
         now.engine.module.train()
         if now.ranks.rank == 0:
@@ -164,6 +170,21 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
             took = _duration(time.perf_counter() - began)
             say(now.run, f"step {progress.step} · {key} {score.bpb:.4f} · {part}, {_size(score.bytes)} · took {took}")
         return score.bpb
+
+
+def final_score(now: Session, progress: Progress) -> float:
+    """The whole validation split's bits per byte and a sample; a finished run that is taken up again keeps its own."""
+    path = now.run / "metrics.jsonl"
+    known: float | None = None
+    if now.ranks.rank == 0 and progress == now.progress and path.exists():
+        scored = [m["val/bpb"] for m in metrics.read(path) if "val/bpb" in m and m["step"] == progress.step]
+        known = scored[-1] if scored else None
+    known = from_rank_0(known)
+    if known is not None:
+        return known
+    bpb = validate(now, progress, limit_bytes=None)
+    sample(now, progress)
+    return bpb
 
 
 def sample(now: Session, progress: Progress) -> None:
@@ -184,24 +205,43 @@ def sample(now: Session, progress: Progress) -> None:
         from_rank_0(None)  # the others wait
 
 
-def save(now: Session, progress: Progress) -> None:
-    """Write a checkpoint. Collective. A failure on any rank leaves the last good one and stops nobody alone."""
+def save(now: Session, progress: Progress) -> bool:
+    """Write a checkpoint; True when it is whole. Collective.
+
+    A full disk or any other OSError, on any rank, leaves the last good checkpoint, is said, and the run goes on.
+    """
     with now.clock.resting():
         began = time.perf_counter()
-        path = from_rank_0(str(checkpoint.begin(now.run, progress.step)) if now.ranks.rank == 0 else None)
-        hashes = checkpoint.write_shard(Path(path), now.engine.state(), now.ranks.rank, now.ranks.ranks)
-        all_hashes = {name: value for of_rank in gathered(hashes) for name, value in of_rank.items()}
+        path, problem = from_rank_0(_attempt(lambda: str(checkpoint.begin(now.run, progress.step)), now.ranks))
+        state = now.engine.state()  # collective: to be run through on every rank, whatever goes wrong on one
+        mine = checkpoint.share(state, now.ranks.rank, now.ranks.ranks)
+        hashes: dict[str, str] = {}
+        problems = [problem] if problem else []
+        if not problems:
+            try:
+                hashes = checkpoint.write_share(Path(path), mine, now.ranks.rank, now.ranks.ranks)
+                failed = None
+            except OSError as error:
+                failed = f"rank {now.ranks.rank}: {error}"
+            parts = gathered((hashes, failed))
+            problems = [said for _, said in parts if said]
+            hashes = {name: value for of_rank, _ in parts for name, value in of_rank.items()}
         whole = replace(
             progress,
             optimizer_steps=max(gathered(now.engine.optimizer_steps())),
             mlflow_run_id=tracking.run_id(now.run),
             loss_scaler=now.engine.loss_scaler_state(),
         )
+        if not problems:
+            keep = now.settings.checkpoint.keep_last
+            written = _attempt(lambda: str(checkpoint.finish(Path(path), whole, hashes, keep)), now.ranks)
+            _, problem = from_rank_0(written)
+            problems = [problem] if problem else []
         if now.ranks.rank == 0:
-            checkpoint.finish(Path(path), whole, all_hashes, now.settings.checkpoint.keep_last)
-            took = _duration(time.perf_counter() - began)
-            say(now.run, f"step {progress.step} · saved {checkpoint.name_of(progress.step)} · took {took}")
-        from_rank_0(None)
+            name, took = checkpoint.name_of(progress.step), _duration(time.perf_counter() - began)
+            done = f"saved {name} · took {took}" if not problems else f"NOT saved, the last good stays: {problems[0]}"
+            say(now.run, f"step {progress.step} · {done}")
+        return not problems
 
 
 def end(now: Session, progress: Progress, status: str) -> None:
@@ -242,7 +282,44 @@ def bits_per_byte(nats: float, real_bytes: int) -> float:
     return nats / 0.6931471805599453 / real_bytes if real_bytes else float("nan")
 
 
-def _open_data(settings: Config, ranks: Ranks) -> tuple[Split, Split]:
+def on_rank_0(make: Callable[[], Any], ranks: Ranks) -> Any:
+    """What `make` returns on rank 0, on every rank; what it raises there of MbtrainError is raised on every rank."""
+    value, problem = None, None
+    if ranks.rank == 0:
+        try:
+            value = make()
+        except MbtrainError as error:
+            problem = error
+        except OSError as error:
+            problem = CheckpointError(str(error))
+    value, problem = from_rank_0((value, problem))
+    if problem is not None:
+        raise problem
+    return value
+
+
+def on_all_ranks(make: Callable[[], Any]) -> Any:
+    """What `make` returns on this rank; when it raises MbtrainError on any, all ranks raise the first of those."""
+    value, problem = None, None
+    try:
+        value = make()
+    except MbtrainError as error:
+        problem = error
+    problems = [found for found in gathered(problem) if found is not None]
+    if problems:
+        raise problems[0]
+    return value
+
+
+def _attempt(make: Callable[[], str], ranks: Ranks) -> tuple[str, str | None]:
+    """(result, None) or ("", what went wrong) of an action on the disk that rank 0 does; ("", None) on the others."""
+    try:
+        return (make() if ranks.rank == 0 else ""), None
+    except OSError as error:
+        return "", str(error)
+
+
+def _checked_splits(settings: Config, ranks: Ranks) -> tuple[Split, Split]:
     data = settings.data
     manifest = load_manifest(data.path)
     for key, name in (("data.train_split", data.train_split), ("data.val_split", data.val_split)):
@@ -252,42 +329,41 @@ def _open_data(settings: Config, ranks: Ranks) -> tuple[Split, Split]:
         raise ConfigError(
             f"data.boundary: got true, expected false: {data.path} holds pieces of one long file, which end nowhere"
         )
-    # Every host reads the shards once in full if asked to; the other ranks there only look at sizes.
-    check = data.check if ranks.local_rank == 0 else "size"
-    train = open_split(data.path, data.train_split, check)
-    return train, train if data.val_split == data.train_split else open_split(data.path, data.val_split, check)
+
+    def opened(name: str) -> Split:
+        check = data.check
+        if check == "auto":
+            check = "full" if manifest.splits[name].bytes <= FULL_CHECK_BYTES else "size"
+        # Every host reads the shards in full once; its other ranks only look at sizes.
+        return open_split(data.path, name, check if ranks.local_rank == 0 else "size")
+
+    train = opened(data.train_split)
+    return train, train if data.val_split == data.train_split else opened(data.val_split)
 
 
-def _prepare_run(settings: Config, run: Path, resume: bool, ranks: Ranks) -> Checkpoint | None:
-    """Make or take up the run directory on rank 0; every rank gets the checkpoint to go on from, if any."""
-    problem: MbtrainError | None = None
-    found: Checkpoint | None = None
-    if ranks.rank == 0:
-        try:
-            found = _take_up(settings, run, resume)
-        except MbtrainError as error:
-            problem = error
-    problem, found = from_rank_0((problem, found))
-    if problem is not None:
-        raise problem
-    return found
-
-
-def _take_up(settings: Config, run: Path, resume: bool) -> Checkpoint | None:
-    exists = (run / "config.yaml").exists()
+def _take_up(settings: Config, run: Path, resume: bool, ranks: Ranks, held: ExitStack) -> Checkpoint | None:
+    """Make the run directory or take it up, alone; returns the checkpoint to go on from. Acts on rank 0."""
+    if settings.train.precision == "fp16" and ranks.device.type == "cpu":
+        raise ConfigError("train.precision: got fp16, expected fp32, bf16 or autocast on CPU (fp16 needs a GPU)")
+    exists = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
     if exists and not resume:
         raise ConfigError(f"--run={run}: holds a run already; go on with --resume={run} or choose another folder")
-    found, problems = checkpoint.newest(run) if exists else (None, [])
     manifest_hash = dataset_hash(load_manifest(settings.data.path))
+    run.mkdir(parents=True, exist_ok=True)
+    lock = held.enter_context((run / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run}: another training is at work in it; stop that one or choose another --run"
+        ) from error
+    found, problems = checkpoint.newest(run) if exists else (None, [])
     if found is not None:
-        old = config.load(run / "config.yaml")
-        if old.model != settings.model:
-            raise CheckpointError(f"{run}: its model differs from this configuration's; see {run}/config.yaml")
+        _must_fit(config.load(run / "config.yaml"), settings, run)
         if found.progress.dataset_hash != manifest_hash:
             raise CheckpointError(
                 f"{run}: was trained on other data than {settings.data.path} holds (manifest differs)"
             )
-    run.mkdir(parents=True, exist_ok=True)
     for text in problems:
         say(run, f"not used: {text}")
     if (run / "metrics.jsonl").exists():
@@ -295,6 +371,16 @@ def _take_up(settings: Config, run: Path, resume: bool) -> Checkpoint | None:
     (run / "status.json").unlink(missing_ok=True)
     checkpoint.write_atomically(run / "config.yaml", config.to_yaml(settings).encode())
     return found
+
+
+def _must_fit(old: Config, new: Config, run: Path) -> None:
+    """What a resumed run may not change, since its weights or its place in the data would mean something else."""
+    if old.model != new.model:
+        raise CheckpointError(f"{run}: its model differs from this configuration's; see {run}/config.yaml")
+    for section, key in (("data", "seq_len"), ("data", "boundary"), ("data", "train_split"), ("train", "seed")):
+        was, now = getattr(getattr(old, section), key), getattr(getattr(new, section), key)
+        if was != now:
+            raise CheckpointError(f"{section}.{key}: got {now}, expected {was}, with which {run} was trained so far")
 
 
 def _begin(

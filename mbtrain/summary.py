@@ -1,4 +1,4 @@
-"""A run in a few lines: its score beside general compressors on the same bytes, its speed, a sample, where things are."""
+"""A run in a few lines: its score beside general compressors on the same bytes, its speed, where things are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Summary:
 
 
 def summarise(run: Path) -> Summary:
-    """Read a run's last whole-split score and rate, and compress the same bytes. Raises MbtrainError without a score."""
+    """A run's last whole-split score, its rate, and compressors on the same bytes. Raises MbtrainError unscored."""
     settings = config.load(run / "config.yaml")
     lines = metrics.read(run / "metrics.jsonl")
     scored = [line for line in lines if "val/bpb" in line]

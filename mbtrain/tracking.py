@@ -27,6 +27,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -300,6 +301,8 @@ def main() -> None:
 
     Exit status 0: MLflow has everything. 1: it has not, and `mbtrain sync RUN` sends the rest.
     """
+    # A launcher that is told to stop terminates all processes below it; this one ends soon after the trainer has.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if len(sys.argv) != 2:
         sys.exit("usage: python -m mbtrain.tracking RUN")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)

@@ -22,7 +22,7 @@ from mbtrain.data.loader import Shape, batches
 from mbtrain.data.order import mix_numbers
 from mbtrain.data.rows import Stream
 from mbtrain.engine import gathered, total
-from mbtrain.errors import NonFiniteError
+from mbtrain.errors import CheckpointError, DataError, MbtrainError, NonFiniteError
 from mbtrain.model.flops import count
 from mbtrain.model.loss import nats
 from mbtrain.schedule import lr_factor
@@ -41,11 +41,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Sums:
-    """One optimizer step over all ranks: nats and real bytes of the batch, and rank 0's training clock."""
+    """One optimizer step over all ranks: nats and real bytes of the batch, rank 0's clock, whether a signal came."""
 
     nats: float
     bytes: int
     elapsed_s: float
+    stop: bool
 
 
 def train(settings: Config, run: Path, *, resume: bool) -> Result:
@@ -56,34 +57,38 @@ def train(settings: Config, run: Path, *, resume: bool) -> Result:
     Raises ConfigError, DataError, CheckpointError before anything starts; NonFiniteError before a bad update.
     """
     with session.opened(settings, run, resume) as now:
-        progress = _loop(now, now.progress)
-        bpb = None
-        if not now.stopping:
-            bpb = session.validate(now, progress, limit_bytes=None)
-            session.sample(now, progress)
-        status = "KILLED" if now.stopping else "FINISHED"
+        progress, stopped = _loop(now, now.progress)
+        # A signal from here on finds the run saved and is passed over: ranks must not part ways on their own signals.
+        bpb = None if stopped else session.final_score(now, progress)
+        status = "KILLED" if stopped else "FINISHED"
         session.end(now, progress, status)
         return Result(run, progress.step, bpb, status)
 
 
-def _loop(now: Session, progress: Progress) -> Progress:
+def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
+    """Steps until a limit or a signal; returns where the run stands, saved, and whether a signal ended it."""
     settings, engine, ranks = now.settings, now.engine, now.ranks
     training_flops = count(settings).training_per_byte
     last_step = step_limit(settings, training_flops)
     shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, ranks.rank, ranks.ranks)
     stream = Stream(now.train_split, boundary=settings.data.boundary, seed=settings.train.seed)
-    saved = progress
+    saved, stopped = progress, False
     window = session.Window(progress)
     engine.module.train()
     gc.collect()
     gc.freeze()  # what is alive now stays; later collections need not walk it
     now.clock.start(progress.elapsed_s)
     with batches(stream, shape, progress.position) as feed:
-        while (done := share_done(settings, progress, last_step)) < 1 and not now.stopping:
+        while (done := share_done(settings, progress, last_step)) < 1 and not stopped:
             lost, real_bytes = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
+            unread: MbtrainError | None = None
             for micro_step in range(shape.accumulation):
                 asked = time.perf_counter()
-                ids = torch.from_numpy(next(feed))
+                ids = torch.zeros((shape.micro, shape.seq_len), dtype=torch.int64)
+                try:
+                    ids = ids if unread else torch.from_numpy(next(feed))
+                except MbtrainError as error:  # told to all ranks at the sum: until then this one keeps in step
+                    unread = error
                 window.waited_s += time.perf_counter() - asked
                 real_bytes += int((ids != vocab.BOUNDARY).sum())
                 ids = ids.to(ranks.device, non_blocking=True)
@@ -94,7 +99,7 @@ def _loop(now: Session, progress: Progress) -> Progress:
                 lost += each.detach().double().sum()
                 if micro_step + 1 < shape.accumulation:
                     engine.step(0.0)
-            sums = _agree(now, progress, float(lost), real_bytes)
+            sums = _agree(now, progress, float(lost), real_bytes, unread)
             factor = lr_factor(settings.optim, progress.step, done)
             norm = engine.step(factor)
 
@@ -106,7 +111,8 @@ def _loop(now: Session, progress: Progress) -> Progress:
                 elapsed_s=sums.elapsed_s,
                 optimizer_steps=progress.optimizer_steps + 1,
             )
-            over = share_done(settings, progress, last_step) >= 1 or bool(now.stopping)
+            stopped = sums.stop
+            over = share_done(settings, progress, last_step) >= 1 or stopped
             window.add(sums.nats, shape.step_ids)
             if progress.step % settings.log.every_steps == 0 or over:
                 session.report(now, window, progress, lr_factor=factor, grad_norm=norm, done=done, flops=training_flops)
@@ -114,19 +120,19 @@ def _loop(now: Session, progress: Progress) -> Progress:
             if over:
                 break
             session.live(now, progress, share_done(settings, progress, last_step))
-            if _due(progress.step, settings.eval.every_steps):
-                session.validate(now, progress, limit_bytes=settings.eval.limit_bytes)
-            if _due(progress.step, settings.sample.every_steps):
-                session.sample(now, progress)
             minutes = settings.checkpoint.every_minutes
             if _due(progress.step, settings.checkpoint.every_steps) or (
                 minutes is not None and progress.elapsed_s - saved.elapsed_s >= 60 * minutes
             ):
                 session.save(now, progress)
                 saved = progress
-    if progress.step > saved.step:
-        session.save(now, progress)
-    return progress
+            if _due(progress.step, settings.eval.every_steps):
+                session.validate(now, progress, limit_bytes=settings.eval.limit_bytes)
+            if _due(progress.step, settings.sample.every_steps):
+                session.sample(now, progress)
+    if progress.step > saved.step and not session.save(now, progress):
+        raise CheckpointError(f"{now.run}: the last checkpoint could not be written; see {now.run}/log.txt")
+    return progress, stopped
 
 
 def share_done(settings: Config, progress: Progress, last_step: int | None) -> float:
@@ -141,14 +147,21 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _agree(now: Session, progress: Progress, lost: float, real_bytes: int) -> Sums:
-    """Sum a step over ranks before its update, and spread signals. Raises NonFiniteError on all ranks alike."""
+def _agree(now: Session, progress: Progress, lost: float, real_bytes: int, unread: MbtrainError | None) -> Sums:
+    """Sum a step over ranks before its update, and spread signals and trouble.
+
+    Raises on all ranks alike: DataError when any could not read its part, NonFiniteError before a bad update.
+    """
     engine, ranks = now.engine, now.ranks
     bad = engine.bad_parameters()
     finite = math.isfinite(lost)
     elapsed = now.clock.read() if ranks.rank == 0 else 0.0
-    mine = [lost if finite else 0.0, real_bytes, float(not finite), float(sum(bad)), float(bool(now.stopping)), elapsed]
-    nats_, bytes_, bad_losses, bad_gradients, stops, elapsed = total(mine, ranks)
+    counts = [float(not finite), float(sum(bad)), float(unread is not None), float(bool(now.stopping))]
+    sums = total([lost if finite else 0.0, real_bytes, elapsed, *counts], ranks)
+    nats_, bytes_, elapsed, bad_losses, bad_gradients, unread_parts, stops = sums
+    if unread_parts:
+        said = [f"rank {i}: {text}" for i, text in enumerate(gathered(str(unread or ""))) if text]
+        raise DataError(f"step {progress.step + 1}: {'; '.join(said[:4])}")
     if bad_losses or bad_gradients:
         names = list(engine.names.values())
         causes = [] if finite else [f"rank {ranks.rank}: the loss is {lost}"]
@@ -160,6 +173,4 @@ def _agree(now: Session, progress: Progress, lost: float, real_bytes: int) -> Su
             f"step {progress.step + 1}: not finite: {listed}. All ranks stopped before the update and the last "
             f"checkpoint is good; try a smaller optim.lr, a longer optim.warmup_steps or train.precision=fp32"
         )
-    if stops and not now.stopping:
-        now.stopping.append(0)
-    return Sums(nats_, int(bytes_), elapsed)
+    return Sums(nats_, int(bytes_), elapsed, stops > 0)

@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,16 @@ def config_file(folder: Path, tree: dict[str, Any]) -> Path:
 def losses(run: Path) -> list[float]:
     """train/loss_nats of every step, in order."""
     return [line["train/loss_nats"] for line in metrics.read(run / "metrics.jsonl") if "train/loss_nats" in line]
+
+
+def wait_for(happened: Callable[[], Any], processes: list[subprocess.Popen[str]], timeout_s: float = 120) -> None:
+    """Wait until something has happened; fails when a rank ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        ended = [process.poll() for process in processes]
+        assert all(code is None for code in ended), f"ended too early: {ended}\n{end(processes).stderr}"
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
 
 
 def last_json(text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ pytest tests/test_checkpoint.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ def write(run: Path, model: Model, progress: Progress, ranks: int = 1, keep_last
     folder = checkpoint.begin(run, progress.step)
     hashes: dict[str, str] = {}
     for rank in range(ranks):
-        hashes |= checkpoint.write_shard(folder, state_of(model), rank, ranks)
+        hashes |= checkpoint.write_share(folder, checkpoint.share(state_of(model), rank, ranks), rank, ranks)
     return checkpoint.finish(folder, progress, hashes, keep_last)
 
 
@@ -79,7 +80,8 @@ def test_tied_and_sliced_tensors_are_written_apart(tmp_path: Path) -> None:
     shared = torch.arange(12.0).view(3, 4)
     state = [(name, {"weight": t, "exp_avg": t, "exp_avg_sq": t}) for name, t in (("a", shared), ("b", shared.t()))]
     folder = checkpoint.begin(tmp_path, 1)
-    path = checkpoint.finish(folder, Progress(step=1), checkpoint.write_shard(folder, iter(state), 0, 1), 1)
+    hashes = checkpoint.write_share(folder, checkpoint.share(iter(state), 0, 1), 0, 1)
+    path = checkpoint.finish(folder, Progress(step=1), hashes, 1)
     assert torch.equal(checkpoint.load_weights(checkpoint.verify(path))["b"], shared.t())
 
 
@@ -170,9 +172,20 @@ def test_a_damaged_newer_one_does_not_push_out_the_one_just_written(tmp_path: Pa
 
 
 def record(path: Path, **changes: Any) -> None:
-    """Change a checkpoint's record."""
+    """Change a checkpoint's record, and its own hash with it: what is found then is the change."""
     file = path / "checkpoint.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    content = {**json.loads(file.read_text()), **changes}
+    del content["self"]
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps({**content, "self": own}))
+
+
+def change(path: Path, old: str, new: str) -> None:
+    """Change a few characters of a checkpoint's record, which stays valid JSON."""
+    file = path / "checkpoint.json"
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
 
 
 def flip(file: Path, at: float = 0.5) -> None:
@@ -195,6 +208,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "record cut off": (lambda p: os.truncate(p / "checkpoint.json", 50), "checkpoint.json: damaged"),
     "record no mapping": (lambda p: (p / "checkpoint.json").write_text("[]"), "checkpoint.json: damaged"),
     "record no UTF-8": (lambda p: (p / "checkpoint.json").write_bytes(b"\xff\xfe{"), "checkpoint.json: damaged"),
+    "a digit of the record": (lambda p: change(p, '"step": 4', '"step": 5'), "checkpoint.json: its content is not"),
+    "a record without its hash": (lambda p: change(p, '"self"', '"sel"'), "checkpoint.json: damaged"),
     "no hashes": (lambda p: record(p, sha256=None), "checkpoint.json: damaged"),
     "hashes a list": (lambda p: record(p, sha256=["a"]), "checkpoint.json: damaged"),
     "another format": (lambda p: record(p, format=2), "format 2, this version reads 1"),

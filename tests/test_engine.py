@@ -36,7 +36,7 @@ def golden(stage: int, precision: str) -> dict[str, Any]:
         "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 1000},
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
-    if precision == "bf16" and stage in (1, 2):
+    if precision == "bf16" and stage > 0:
         made["data_types"] = {"grad_accum_dtype": "fp32"}
     return made
 

@@ -185,7 +185,6 @@ def test_a_row_does_not_depend_on_its_neighbours(stages: int, boundary: bool) ->
     assert any(together)
 
 
-@pytest.mark.xfail(strict=True, reason="Decoder slides its window by the batch's position: report of issue 2, sample")
 def test_a_prompt_longer_than_a_row_does_not_depend_on_its_neighbours() -> None:
     """Greedy; 41 and 75 bytes at seq_len 32."""
     model = without_boundary(model_of())

@@ -69,7 +69,12 @@ def points(uri: str) -> Counter[tuple[str, int]]:
 
 
 def status(uri: str) -> str:
-    return query(uri, "select status from runs")[0][0]
+    """Of the one run; empty while the shipper has not made it yet."""
+    try:
+        rows = query(uri, "select status from runs")
+    except sqlite3.OperationalError:
+        rows = []
+    return rows[0][0] if rows else ""
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:

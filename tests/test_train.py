@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mbtrain import checkpoint, config, metrics
+from mbtrain import checkpoint, config, evaluate, metrics, session
 from mbtrain.data.rows import Stream
 from mbtrain.engine import parameter_groups
+from mbtrain.errors import CheckpointError
 from mbtrain.model import build
 from mbtrain.model.loss import nats
 from mbtrain.schedule import lr_factor
-from mbtrain.shards import open_split
+from mbtrain.shards import dataset_hash, load_manifest, open_split
 from tests import launch, tiny
+from tests.test_checkpoint import write
 
 STEPS = 6
 
@@ -99,42 +102,71 @@ def test_two_ranks_of_every_zero_stage_agree_with_one(
     norms = [line["optim/grad_norm"] for line in lines if "optim/grad_norm" in line]
     assert len(norms) == STEPS
     assert all(math.isfinite(norm) and norm > 0.05 for norm in norms)
+    # `mbtrain eval`, on one rank and in batches of its own, gives what the training said.
+    assert evaluate.evaluate_run(run, batch=3)["bpb"] == pytest.approx(lines[-1]["val/bpb"], abs=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_cut_of_the_global_batch_does_not_matter(shards: Path, tmp_path: Path, settings: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 2)])
+def test_the_cut_of_the_global_batch_does_not_matter(
+    shards: Path, tmp_path: Path, settings: Path, ranks: int, micro: int
+) -> None:
+    """8 rows in eight pieces, in two, in two on each of two ranks; the tests above have 8 and 4 + 4."""
     expected, _ = bare_loop(shards, tree(shards))
-    for micro in (1, 2):
-        run = tmp_path / f"run{micro}"
-        cut = ["--train.zero_stage=2", f"--train.micro_batch_size={micro}"]
-        launch.mbtrain(["train", str(settings), f"--run={run}", *cut], ranks=ranks)
-        assert launch.losses(run) == pytest.approx(expected, abs=1e-5)
+    run = tmp_path / "run"
+    cut = ["--train.zero_stage=2", f"--train.micro_batch_size={micro}"]
+    launch.mbtrain(["train", str(settings), f"--run={run}", *cut], ranks=ranks)
+    assert launch.losses(run) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (0, "bf16")])
+RESUMED_STEPS = 30
+
+
+def with_dropout(shards: Path, tmp_path: Path, stage: int, precision: str, steps: int) -> Path:
+    train = {"zero_stage": stage, "precision": precision, "steps": steps}
+    return launch.config_file(tmp_path, tree(shards, model={"block": {"dropout": 0.1}}, train=train))
+
+
+def same_end(run: Path, other: Path, step: int) -> None:
+    """Metrics of every step, weights and moments are the same, bit for bit."""
+    assert launch.losses(run) == launch.losses(other)
+    assert len(launch.losses(run)) == step
+    files = sorted((run / "checkpoints" / checkpoint.name_of(step)).glob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        twin = load_file(other / "checkpoints" / checkpoint.name_of(step) / file.name)
+        for name, value in load_file(file).items():
+            assert torch.equal(value, twin[name]), name
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16")])
 def test_killed_and_resumed_ends_bitwise_the_same(shards: Path, tmp_path: Path, stage: int, precision: str) -> None:
-    """SIGKILL after a checkpoint, with dropout on; weights, moments and metrics equal the undisturbed run's."""
-    block = {"block": {"dropout": 0.1}}
-    settings = tree(shards, model=block, train={"zero_stage": stage, "precision": precision, "steps": 30})
-    path = launch.config_file(tmp_path, settings)
+    """SIGKILL after a checkpoint, with dropout on."""
+    path = with_dropout(shards, tmp_path, stage, precision, RESUMED_STEPS)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     launch.mbtrain(["train", str(path), f"--run={whole}"], ranks=2)
     processes = launch.begin(["train", str(path), f"--run={broken}"], ranks=2)
-    deadline = time.monotonic() + 120
-    while not list(broken.glob("checkpoints/step_*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    launch.wait_for(lambda: list(broken.glob("checkpoints/step_*")), processes)
     for process in processes:
         process.kill()
     launch.end(processes)
     killed_at = len(launch.losses(broken))
-    assert 2 <= killed_at < 30, "the kill came too late to show anything"
+    assert 2 <= killed_at < RESUMED_STEPS, "the kill came too late to show anything"
     launch.mbtrain(["train", str(path), f"--run={broken}", "--resume"], ranks=2)
-    assert launch.losses(broken) == launch.losses(whole)
-    for kind in ("weights", "moments"):
-        for file in sorted((whole / "checkpoints" / checkpoint.name_of(30)).glob(f"{kind}-*")):
-            twin = load_file(broken / "checkpoints" / checkpoint.name_of(30) / file.name)
-            for name, value in load_file(file).items():
-                assert torch.equal(value, twin[name]), name
+    same_end(whole, broken, RESUMED_STEPS)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "bf16"), (0, "bf16")])
+def test_resumed_from_halfway_ends_bitwise_the_same(shards: Path, tmp_path: Path, stage: int, precision: str) -> None:
+    """The run's own folder, from which all that came after its second checkpoint is lost but for the metrics."""
+    path = with_dropout(shards, tmp_path, stage, precision, 8)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    launch.mbtrain(["train", str(path), f"--run={whole}"], ranks=2)
+    shutil.copytree(whole, broken)
+    for step in (6, 8):
+        shutil.rmtree(broken / "checkpoints" / checkpoint.name_of(step))
+    ended = launch.mbtrain(["train", str(path), f"--run={broken}", "--resume"], ranks=2)
+    assert f"{checkpoint.name_of(4)} at step 4" in ended.stderr
+    same_end(whole, broken, 8)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(shards: Path, tmp_path: Path, settings: Path) -> None:
@@ -153,15 +185,23 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(shards: Path, tmp_path: P
     checkpoint.verify(newest)
 
 
+LONG = {"steps": 100_000}  # until something ends it
+SELDOM = {"every_steps": 100_000}
+
+
 def test_sigterm_saves_and_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
-    path = launch.config_file(tmp_path, tree(shards, train={"steps": 2000}, checkpoint={"every_steps": 1000}))
+    """Though a validation, which is collective, is due after every step. Beside it, the run directory is refused."""
+    settings = tree(shards, train=LONG, checkpoint=SELDOM, eval={"every_steps": 1})
+    path = launch.config_file(tmp_path, settings)
     run = tmp_path / "run"
     processes = launch.begin(["train", str(path), f"--run={run}"], ranks=2)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    launch.wait_for((run / "metrics.jsonl").exists, processes)
+    second = launch.mbtrain(["train", str(path), f"--resume={run}"], expect=2)
+    assert "another training is at work in it" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert not (run / "status.json").exists()
     processes[1].send_signal(signal.SIGTERM)  # one rank alone is told; all must act
-    ended = launch.end(processes)
+    ended = launch.end(processes, timeout_s=60)
     assert ended.codes == [143, 143], ended.stderr
     done = len(launch.losses(run))
     found, _ = checkpoint.newest(run)
@@ -174,31 +214,21 @@ def test_sigterm_saves_and_the_run_goes_on(shards: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_non_finite_stops_all_ranks_before_the_update(shards: Path, tmp_path: Path, stage: int) -> None:
-    """A weight that makes the loss infinite: no rank hangs, the cause is named, the checkpoint is the good one."""
+    """A weight that makes the loss infinite: no rank hangs, the cause is named, the checkpoint stays as it was."""
     run = tmp_path / "run"
-    path = launch.config_file(tmp_path, tree(shards, train={"zero_stage": stage, "steps": 2}))
-    launch.mbtrain(["train", str(path), f"--run={run}"], ranks=2)
-    found, _ = checkpoint.newest(run)
-    assert found is not None
-    for file in found.path.glob("weights-*"):
-        poison(file, found.path)
-    ended = launch.mbtrain(["train", str(path), f"--resume={run}", "--train.steps=4"], ranks=2, expect=2)
+    settings = tree(shards, train={"zero_stage": stage, "steps": 4})
+    path = launch.config_file(tmp_path, settings)
+    run.mkdir()
+    shutil.copy(path, run / "config.yaml")
+    model = build(config.validate(settings))
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = math.nan
+    written = write(run, model, checkpoint.Progress(step=2, dataset_hash=dataset_hash(load_manifest(shards))), ranks=2)
+    ended = launch.mbtrain(["train", str(path), f"--resume={run}"], ranks=2, expect=2)
     assert "step 3: not finite: rank 0: the loss is nan" in ended.stderr
     assert ended.stderr.count("not finite") == 1, "said once, not by every rank"
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [checkpoint.name_of(2)]
-
-
-def poison(file: Path, folder: Path) -> None:
-    """Put a NaN into a checkpoint's weights and make its record agree."""
-    from safetensors.torch import save_file
-
-    tensors = load_file(file)
-    for name in tensors:
-        tensors[name].view(-1)[0] = math.nan
-    old = checkpoint.file_hash(file)
-    save_file(tensors, file)
-    record = folder / "checkpoint.json"
-    record.write_text(record.read_text().replace(old, checkpoint.file_hash(file)))
+    assert list((run / "checkpoints").iterdir()) == [written]
+    checkpoint.verify(written)
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
@@ -226,27 +256,89 @@ def test_the_launchers_give_the_same_run(shards: Path, tmp_path: Path, settings:
     assert '"val/bpb": ' in ended.stdout
 
 
-def test_a_run_is_not_overwritten(shards: Path, tmp_path: Path, settings: Path) -> None:
+def test_a_run_is_not_overwritten_and_goes_on_only_as_what_it_was(shards: Path, tmp_path: Path, settings: Path) -> None:
+    """A start that is refused leaves the run as it stands: its status, its configuration, its metrics."""
     run = tmp_path / "run"
-    launch.mbtrain(["train", str(settings), f"--run={run}", "--train.steps=1"])
-    ended = launch.mbtrain(["train", str(settings), f"--run={run}"], expect=2)
-    assert "holds a run already" in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1
-
-
-def test_other_data_or_another_model_is_not_gone_on_with(shards: Path, tmp_path: Path, settings: Path) -> None:
-    run = tmp_path / "run"
-    launch.mbtrain(["train", str(settings), f"--run={run}", "--train.steps=1"])
-    wider = ["--model.stages.1.d_model=32"]
-    ended = launch.mbtrain(["train", str(settings), f"--resume={run}", *wider], expect=2)
-    assert "its model differs" in ended.stderr
+    first = launch.mbtrain(["train", str(settings), f"--run={run}", "--train.steps=1", "--json"])
+    before = contents(run)
+    assert b'"FINISHED"' in before["status.json"]
     moved = tmp_path / "moved"
     shutil.copytree(shards, moved)
     manifest = moved / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(text.replace('"train"', '"other"').replace('"val"', '"train"').replace('"other"', '"val"'))
-    ended = launch.mbtrain(["train", str(settings), f"--resume={run}", f"--data.path={moved}"], expect=2)
-    assert len(ended.stderr.strip().splitlines()) == 1
+    refused = {
+        (f"--run={run}",): "holds a run already",
+        (f"--resume={run}", "--data.seq_len=64"): "data.seq_len: got 64, expected 32, with which",
+        (f"--resume={run}", f"--data.path={moved}"): str(moved),
+    }
+    for options, said in refused.items():
+        ended = launch.mbtrain(["train", str(settings), *options], expect=2)
+        assert said in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+        assert contents(run) == before
+
+    # Taken up at its end, it has nothing to do: no second score, and the first is said again.
+    again = launch.mbtrain(["train", f"--resume={run}", "--json"], ranks=2)
+    assert launch.last_json(again.stdout) == launch.last_json(first.stdout)
+    assert (run / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("data", "boundary", False), ("data", "train_split", "val"), ("train", "seed", 1)]
+)
+def test_what_a_resumed_run_may_not_change(section: str, key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=rf"^{section}\.{key}: got {value}, expected .* with which runs/a was"):
+        session._must_fit(tiny.make(), tiny.make(**{section: {key: value}}), Path("runs/a"))
+    with pytest.raises(CheckpointError, match="its model differs"):
+        session._must_fit(tiny.make(2), tiny.make(3), Path("runs/a"))
+    session._must_fit(tiny.make(), tiny.make(data={"path": "moved"}, optim={"lr": 1.0}), Path("runs/a"))
+
+
+def test_a_disk_that_is_full_on_one_rank_costs_checkpoints_but_not_the_run(shards: Path, tmp_path: Path) -> None:
+    """Rank 1 may write no file of more than 4 kB for a while; the last good checkpoint stays until it may again."""
+    path = launch.config_file(tmp_path, tree(shards, train=LONG, checkpoint={"every_steps": 5, "keep_last": 1}))
+    run = tmp_path / "run"
+    processes = launch.begin(["train", str(path), f"--run={run}"], ranks=2)
+    launch.wait_for(lambda: list(run.glob("checkpoints/step_*")), processes)
+    unlimited = resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    launch.wait_for(lambda: (run / "log.txt").read_text().count("NOT saved") >= 2, processes)
+    found, problems = checkpoint.newest(run)
+    assert found is not None
+    assert not problems
+    assert launch.losses(run)[-1:] != [], "it goes on"
+    assert len(launch.losses(run)) > found.progress.step
+    resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, unlimited)
+    launch.wait_for(lambda: list(run.glob("checkpoints/step_*"))[0:1] not in ([], [found.path]), processes)
+    processes[0].send_signal(signal.SIGTERM)
+    ended = launch.end(processes, timeout_s=60)
+    assert ended.codes == [143, 143], ended.stderr
+    assert "NOT saved, the last good stays: rank 1: [Errno 27] File too large" in ended.stderr
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [checkpoint.name_of(len(launch.losses(run)))]
+
+
+def test_a_tar_cut_off_while_training_ends_all_ranks_with_one_line(shards: Path, tmp_path: Path) -> None:
+    """Only the rank whose row lies there finds out, in one of its four micro-steps; the other is told."""
+    copied = tmp_path / "shards"
+    shutil.copytree(shards, copied)
+    train = {**LONG, "micro_batch_size": 1}
+    path = launch.config_file(tmp_path, tree(copied, train=train, checkpoint=SELDOM))
+    run = tmp_path / "run"
+    processes = launch.begin(["train", str(path), f"--run={run}"], ranks=2)
+    launch.wait_for((run / "metrics.jsonl").exists, processes)
+    (tar,) = copied.rglob("train*.tar")
+    os.truncate(tar, tar.stat().st_size * 9 // 10)
+    ended = launch.end(processes, timeout_s=60)
+    assert ended.codes == [2, 2], ended.stderr
+    said = [line for line in ended.stderr.splitlines() if line.startswith("mbtrain: ")]
+    assert len(said) == 1
+    assert re.match(rf"mbtrain: step \d+: rank [01]: {tar}: cut off", said[0])
+    assert "Traceback" not in ended.stderr
+    assert '"FAILED"' in (run / "status.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -263,6 +355,7 @@ def test_other_data_or_another_model_is_not_gone_on_with(shards: Path, tmp_path:
         ("--data.path=/nowhere", "/nowhere"),
         ("--data.val_split=dev", "data.val_split: got 'dev', expected one of"),
         ("--train.precision=fp16", "train.precision: got fp16"),
+        ("--run=/dev/null/run", "Not a directory: '/dev/null/run"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(settings: Path, tmp_path: Path, override: str, said: str) -> None:

@@ -182,16 +182,18 @@ def peer_count(settings: Config) -> PeerCount:
 
 
 def write_rows(settings: Config, folder: Path, limit_bytes: int, val_bytes: int = 0) -> None:
-    """Put the first bytes of the training stream, and of the validation split, into folder/{train,val}.bytes."""
+    """Put the first training rows, and the first bytes of the validation split, into folder/{train,val}.bytes."""
     from mbtrain.data.rows import Stream
     from mbtrain.shards import load_manifest, open_split
 
     data = settings.data
     load_manifest(data.path)
     stream = Stream(open_split(data.path, data.train_split, "size"), boundary=False, seed=settings.train.seed)
-    least = settings.train.global_batch_size * data.seq_len
-    count = max(least, min(limit_bytes, stream.ids_per_epoch))
-    stream.read(0, count).astype(np.uint8).tofile(folder / "train.bytes")
+    # In the order of training, shuffled: the peer's own script draws random windows, neighbours would be unfair to it.
+    rows = max(settings.train.global_batch_size, min(limit_bytes, stream.ids_per_epoch) // data.seq_len)
+    with (folder / "train.bytes").open("wb") as file:
+        for i in range(rows):
+            stream.row(i, data.seq_len).astype(np.uint8).tofile(file)
     if val_bytes:
         val = Stream(open_split(data.path, data.val_split, "size"), boundary=False, seed=None)
         count = min(val_bytes, val.ids_per_epoch) // data.seq_len * data.seq_len

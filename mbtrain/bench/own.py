@@ -54,12 +54,14 @@ def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[
     return step, lambda: dict(wrapped.weights())
 
 
-def bare_step(settings: Config) -> Step:
-    """The same update in a plain loop: bf16 weights with fp32 masters, or fp32; fused AdamW, clipping."""
+def bare_step(settings: Config, model: Model) -> Step:
+    """The same update in a plain loop: bf16 weights with fp32 masters, or fp32; fused AdamW, clipping.
+
+    The model is trained in place, and turned to bf16 where that is the precision.
+    """
     train = settings.train
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision: got {train.precision}, expected bf16 or fp32 for a bare loop")
-    model = build(settings)
     masters = [p.detach().clone() for p in model.parameters()] if train.precision == "bf16" else []
     groups = engine.parameter_groups(model, settings)
     if masters:
@@ -103,7 +105,7 @@ def handlers(settings: Config, mode: str, train_file: str) -> Handlers:
     if mode == "generate":
         return _generating(build(settings).eval())
     if mode == "bare":
-        return _training(settings, train_file, bare_step(settings), None)
+        return _training(settings, train_file, bare_step(settings, build(settings)), None)
     return _training(settings, train_file, *engine_step(settings, ranks))
 
 

@@ -85,11 +85,11 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
     import torch
 
     from mbtrain import config, engine, evaluate
+    from mbtrain.bench.own import bare_step
     from mbtrain.data.loader import Shape, micro_batch
     from mbtrain.data.rows import Stream
     from mbtrain.model import build
     from mbtrain.model.flops import count
-    from mbtrain.model.loss import nats
     from mbtrain.schedule import lr_factor
     from mbtrain.shards import open_split
 
@@ -99,42 +99,17 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
     engine.keep_memory()
     torch.manual_seed(settings.train.seed)
     model = build(settings)
-    low = settings.train.precision == "bf16"
-    masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    groups = engine.parameter_groups(model, settings)
-    if low:  # as DeepSpeed does: bf16 weights, fp32 masters
-        model = model.bfloat16()
-        master_of = dict(zip(map(id, model.parameters()), masters, strict=True))
-        for group in groups:
-            group["params"] = [master_of[id(p)] for p in group["params"]]
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(groups, betas=settings.optim.betas, eps=settings.optim.eps, fused=True)
+    step = bare_step(settings, model)
     stream = Stream(open_split(data, "train"), boundary=settings.data.boundary, seed=settings.train.seed)
-    rows, t = settings.train.global_batch_size, settings.data.seq_len
-    shape = Shape(t, rows, accumulation=1, rank=0, ranks=1)
-    step, position, began = 0, 0, time.process_time()
+    t = settings.data.seq_len
+    shape = Shape(t, settings.train.global_batch_size, accumulation=1, rank=0, ranks=1)
+    updates, began = 0, time.process_time()
     while (spent := time.process_time() - began) < cpu_seconds:
-        ids = torch.from_numpy(micro_batch(stream, shape, position, 0))
-        loss = nats(model(ids), ids).mean()
-        loss.backward()
-        if low:
-            for master, p in zip(masters, params, strict=True):
-                master.grad = p.grad.float() if p.grad is not None else None
-                p.grad = None
-        trained = masters if low else params
-        torch.nn.utils.clip_grad_norm_(trained, settings.train.gradient_clipping)
-        for group in optimizer.param_groups:
-            factor = lr_factor(settings.optim, step, spent / cpu_seconds)
-            group["lr"] = settings.optim.lr * group["lr_scale"] * factor
-        optimizer.step()
-        optimizer.zero_grad()
-        if low:
-            with torch.no_grad():
-                for master, p in zip(masters, params, strict=True):
-                    p.copy_(master)
-        step, position = step + 1, position + rows * t
-        if step % 20 == 0 and not math.isfinite(loss.item()):
-            return f"{math.inf}\tdiverged at update {step}"
+        ids = torch.from_numpy(micro_batch(stream, shape, updates * shape.step_ids, 0))
+        lost = step(ids, lr_factor(settings.optim, updates, spent / cpu_seconds))
+        updates += 1
+        if not math.isfinite(lost):
+            return f"{math.inf}\tdiverged at update {updates}"
     model.eval()
     score = evaluate.score(
         model,
@@ -145,8 +120,8 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
         device=torch.device("cpu"),
         limit_bytes=val_bytes,
     )
-    size = count(settings).parameters
-    return f"{score.bpb:.4f}\t{step}\t{position / 1e6:.2f}\t{size / 1e6:.2f}\t{position / cpu_seconds:.0f}"
+    size, seen = count(settings).parameters, updates * shape.step_ids
+    return f"{score.bpb:.4f}\t{updates}\t{seen / 1e6:.2f}\t{size / 1e6:.2f}\t{seen / cpu_seconds:.0f}"
 
 
 if __name__ == "__main__":

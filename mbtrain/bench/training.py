@@ -29,9 +29,9 @@ def train(
 
     Each stands in a process of its own and idles while another works. The models correspond but are not the same: the
     peer's attention is equally wide in all stages (as our coarsest, 512 at most) and it runs n + 1 positions a patch;
-    ours is d_model wide and runs n. So parameters and operations per byte are given for both, and each MFU is by a side's
-    own useful operations and the peak of its own precision. bytes_per_s is by the clock, bytes_per_cpu_s by CPU time of
-    the process; medians.
+    ours is d_model wide and runs n. So parameters and operations per byte are given for both; each MFU is by a
+    side's own useful operations and the peak of its own precision. bytes_per_s is by the clock, bytes_per_cpu_s by
+    CPU time of the process; medians.
     Raises ConfigError for options and configurations that do not fit.
     """
     no_unknown(train, unknown)

@@ -19,7 +19,6 @@ from mbtrain.data.order import mix_numbers, permutation
 from mbtrain.errors import DataError
 from mbtrain.shards import Split
 
-
 LARGEST_WINDOW = 1 << 22  # rows that are shuffled together: 32 MiB of numbers
 _ROWS = 1  # tells the numbers that shuffle rows from those that shuffle samples
 
