@@ -22,7 +22,11 @@ mbtrain-prep text "$stdlib" --out=shards/stdlib --glob='*.py' --exclude=site-pac
     --splits=train=0.96,val=0.02,test=0.02
 
 # One rank a GPU; on CPU two ranks that share the cores.
-ranks=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))')
+ranks=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$ranks" = 0 ]; then
+    ranks=$(($(nproc) > 1 ? 2 : 1))
+    export DS_ACCELERATOR=cpu
+fi
 deepspeed --num_gpus="$ranks" --log_level=error --module \
     mbtrain train configs/quickstart.yaml --run=runs/quickstart --resume "${minutes[@]}" "$@"
 

@@ -19,6 +19,6 @@ fi
 echo "installing into $venv (a minute or two) ..." >&2
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 # DeepSpeed comes as source and builds no kernels here; its set-up wants these two beside it.
-"$venv/bin/pip" install --quiet --disable-pip-version-check -c launch/constraints.txt setuptools wheel
-"$venv/bin/pip" install --quiet --disable-pip-version-check -c launch/constraints.txt -e '.[dev]'
+"$venv/bin/pip" install -qq --disable-pip-version-check -c launch/constraints.txt setuptools wheel
+"$venv/bin/pip" install -qq --disable-pip-version-check -c launch/constraints.txt -e '.[dev]'
 echo "$wanted" >"$stamp"

@@ -187,7 +187,7 @@ def summary(*run: str, prompt: str = "", json: str = "", **unknown: str) -> None
 def export(*run: str, out: str = "", json: str = "", **unknown: str) -> None:
     """mbtrain export RUN --out=DIR
 
-    Writes weights.safetensors and config.yaml, reloads them and compares the logits bit for bit. To load them:
+    Writes weights.safetensors, config.yaml and SHA256SUMS, reloads them and compares the logits bit for bit. To load:
 
       from mbtrain import export
       model = export.load("DIR")
@@ -203,7 +203,7 @@ def export(*run: str, out: str = "", json: str = "", **unknown: str) -> None:
     from mbtrain.export import export_run
 
     path = export_run(_one_run(run), out)
-    write(f"{path}: weights.safetensors and config.yaml, reloaded and compared")
+    write(f"{path}: weights.safetensors, config.yaml and SHA256SUMS, reloaded and compared")
     finish({"path": path}, as_json)
 
 

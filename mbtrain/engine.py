@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -339,6 +340,8 @@ def _import_deepspeed() -> Any:
             del sys.modules["mlflow"]
     _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     _import("deepspeed.utils").logger.setLevel(logging.WARNING)
+    # DeepSpeed calls torch.distributed by names that this torch renames; nobody here can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Seven reports of memory for each start, whatever the log level.
     _import("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda *args, **kwargs: None
     return deepspeed

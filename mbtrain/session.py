@@ -377,7 +377,13 @@ def _must_fit(old: Config, new: Config, run: Path) -> None:
     """What a resumed run may not change, since its weights or its place in the data would mean something else."""
     if old.model != new.model:
         raise CheckpointError(f"{run}: its model differs from this configuration's; see {run}/config.yaml")
-    for section, key in (("data", "seq_len"), ("data", "boundary"), ("data", "train_split"), ("train", "seed")):
+    for section, key in (
+        ("data", "seq_len"),
+        ("data", "boundary"),
+        ("data", "train_split"),
+        ("data", "val_split"),
+        ("train", "seed"),
+    ):
         was, now = getattr(getattr(old, section), key), getattr(getattr(new, section), key)
         if was != now:
             raise CheckpointError(f"{section}.{key}: got {now}, expected {was}, with which {run} was trained so far")
