@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -67,6 +67,7 @@ class Session:
     peak_flops: float | None
     stopping: list[int]
     shipper: subprocess.Popen[bytes] | None
+    unwritten: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
 
 
@@ -131,7 +132,7 @@ def report(
     mfu = None if now.peak_flops is None else window.ids * flops / seconds / (now.peak_flops * now.ranks.ranks)
     if mfu is not None:
         values["perf/mfu"] = mfu
-    metrics.append(now.run / "metrics.jsonl", progress.step, values)
+    record(now, progress.step, values)
     left = progress.elapsed_s * (1 - done) / done if done > 0 else None
     say(
         now.run,
@@ -165,7 +166,7 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
         if now.ranks.rank == 0:
             key = "val/bpb" if limit_bytes is None else "val/partial_bpb"
             where = {"progress/bytes": progress.bytes, "progress/minutes": progress.elapsed_s / 60}
-            metrics.append(now.run / "metrics.jsonl", progress.step, {**score.metrics(key), **where})
+            record(now, progress.step, {**score.metrics(key), **where})
             part = "whole split" if limit_bytes is None else "first part"
             took = _duration(time.perf_counter() - began)
             say(now.run, f"step {progress.step} · {key} {score.bpb:.4f} · {part}, {_size(score.bytes)} · took {took}")
@@ -257,6 +258,18 @@ def end(now: Session, progress: Progress, status: str) -> None:
         tracking.finish(now.shipper, now.run, status, timeout_s=30.0)
 
 
+def record(now: Session, step: int, values: dict[str, float]) -> None:
+    """Add a line to metrics.jsonl. While the disk takes none, lines wait in memory and are written, in order, later."""
+    now.unwritten.append((step, {"time_unix_s": round(time.time(), 3), **values}))
+    while now.unwritten:
+        try:
+            metrics.append(now.run / "metrics.jsonl", *now.unwritten[0])
+        except OSError as error:
+            say(now.run, f"metrics.jsonl takes nothing ({error.strerror}); {len(now.unwritten)} lines wait in memory")
+            return
+        del now.unwritten[0]
+
+
 def live(now: Session, progress: Progress, done: float) -> None:
     """On a terminal, a line that says where the run is and is written over by the next."""
     if now.ranks.rank == 0 and sys.stderr.isatty():
@@ -273,7 +286,7 @@ def say(run: Path, text: str) -> None:
     line = f"{time.strftime('%H:%M:%S')}  {text}"
     sys.stderr.write((_CLEAR if sys.stderr.isatty() else "") + line + "\n")
     sys.stderr.flush()
-    with (run / "log.txt").open("a", encoding="utf-8") as file:
+    with suppress(OSError), (run / "log.txt").open("a", encoding="utf-8") as file:  # a full disk: stderr has it
         file.write(line + "\n")
 
 
