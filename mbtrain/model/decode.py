@@ -146,7 +146,8 @@ class Decoder:
         """Rotary angles of all positions that the cache has room for."""
         if not cast(Block, stage.transformer.blocks[0]).attn.rotary:
             return None
-        return rotary_angles(0, keys.shape[2], keys.shape[3], keys.device)
+        cos, sin = rotary_angles(0, keys.shape[2], keys.shape[3], keys.device)
+        return cos.to(keys.dtype), sin.to(keys.dtype)
 
     def _positions(self, stage: Stage, start: int, done: int, need: int) -> Tensor:
         """Inputs of positions done .. need (each the embedding of the one before it; the pad at 0), (b, r, d)."""

@@ -113,9 +113,12 @@ class LayerCache:
 
 
 def rotary_angles(start: int, t: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (t, d_head / 2) in float32, of positions start .. start + t."""
-    rates = ROTARY_BASE ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float32) / d_head)
-    angles = torch.outer(torch.arange(start, start + t, device=device, dtype=torch.float32), rates)
+    """cos and sin, each (t, d_head / 2), of positions start .. start + t.
+
+    In float64: at position 100,000 an angle in float32 is off by up to 0.004.
+    """
+    rates = ROTARY_BASE ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float64) / d_head)
+    angles = torch.outer(torch.arange(start, start + t, device=device, dtype=torch.float64), rates)
     return angles.cos(), angles.sin()
 
 
