@@ -30,6 +30,9 @@ from tests import launch, tiny
 from tests.test_checkpoint import write
 
 STEPS = 6
+# Ranks add gradients in another order, and where a gradient is nearly 0 Adam turns that rounding into a step: weights
+# may differ by a hundredth of one step at the peak LR of 1e-2. A wrong mean or clip moves them by whole steps.
+WEIGHT_NOISE = 0.01 * 1e-2
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_one_rank_is_the_bare_loop(shards: Path, tmp_path: Path, settings: Path)
     losses, final = bare_loop(shards, tree(shards))
     assert launch.losses(tmp_path / "run") == pytest.approx(losses, abs=1e-6)
     for name, weight in weights(tmp_path / "run").items():
-        torch.testing.assert_close(weight, final[name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(weight, final[name], atol=WEIGHT_NOISE, rtol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
@@ -97,7 +100,7 @@ def test_two_ranks_of_every_zero_stage_agree_with_one(
     assert launch.losses(run) == pytest.approx(expected, abs=tolerance)
     if precision == "fp32":
         for name, weight in weights(run).items():
-            torch.testing.assert_close(weight, final[name], atol=2e-5, rtol=0)
+            torch.testing.assert_close(weight, final[name], atol=WEIGHT_NOISE, rtol=0)
     lines = metrics.read(run / "metrics.jsonl")
     norms = [line["optim/grad_norm"] for line in lines if "optim/grad_norm" in line]
     assert len(norms) == STEPS
