@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mbtrain.errors import CheckpointError
+from mbtrain.shards import file_sha256, sync_folder, whole_file
 
 FORMAT = 1
 
@@ -104,7 +105,7 @@ def finish(folder: Path, progress: Progress, hashes: dict[str, str], keep_last: 
     if final.exists():  # the same step saved again
         os.replace(final, folder.parent / f".{final.name}.old.tmp")
     os.replace(folder, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     # Newer ones stand there only if they are damaged (this step was reached again); they must not push this one out.
     for old in [path for path in _candidates(final.parent) if path.name <= final.name][keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -135,7 +136,7 @@ def verify(path: Path) -> Checkpoint:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         try:
-            found = file_hash(file)
+            found = file_sha256(file)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
         if found != expected:
@@ -186,19 +187,8 @@ def load_state(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that its name never stands for half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with whole_file(path) as out:
+        out.write(content)
 
 
 def _record_hash(record: dict[str, Any]) -> str:
@@ -228,11 +218,3 @@ def _load(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
 
 def _candidates(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{10}", p.name)), reverse=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

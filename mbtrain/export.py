@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from mbtrain import config
-from mbtrain.checkpoint import file_hash, write_atomically
+from mbtrain.checkpoint import write_atomically
 from mbtrain.errors import CheckpointError, ConfigError
 from mbtrain.evaluate import load_model
 from mbtrain.model import Model, build
+from mbtrain.shards import file_sha256
 
 
 def load(path: str | Path) -> Model:
@@ -42,7 +43,7 @@ def _must_be_whole(path: Path) -> None:
         lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines()
         sums = {name: expected for expected, name in (line.split("  ", 1) for line in lines)}
         for name in ("weights.safetensors", "config.yaml"):
-            if file_hash(path / name) != sums.get(name):
+            if file_sha256(path / name) != sums.get(name):
                 raise CheckpointError(f"{path / name}: its content is not what was exported (sha256 differs)")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole export ({error})") from error

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mbtrain import evaluate, export
-from mbtrain.checkpoint import file_hash
 from mbtrain.errors import CheckpointError, ConfigError
+from mbtrain.shards import file_sha256
 from tests import launch, tiny
 from tests.test_checkpoint import flip, made_run
 
@@ -90,10 +90,10 @@ def test_damage_is_one_line(tmp_path: Path, harm: str) -> None:
         os.truncate(weights, 0)
     elif harm in ("edited", "other model"):
         config, sums = out / "config.yaml", out / "SHA256SUMS"
-        old = file_hash(config)
+        old = file_sha256(config)
         config.write_text(config.read_text().replace("n_layers: 2", "n_layers: 3"))
         if harm == "other model":  # exported by somebody with tools of his own: whole, but it does not fit
-            sums.write_text(sums.read_text().replace(old, file_hash(config)))
+            sums.write_text(sums.read_text().replace(old, file_sha256(config)))
     else:
         (out / "config.yaml").unlink()
     with pytest.raises(CheckpointError) as error:
