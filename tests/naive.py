@@ -29,6 +29,9 @@ Block (pre-norm): y = y + attn(shift(norm1(y))); y = y + ffn(shift(norm2(y))); s
 ``token_shift``. Attention: scale 1 / sqrt(d_head); rows of ``qkv`` are all of q, then k, then v, each by head;
 per head QK norm, then rotary. Every matrix is stored (out, in) and is applied as ``matrix @ vector``.
 
+Documents (``isolate_documents``; not the paper's): id 256 ends a document, the next one begins with the next patch. A
+byte is predicted from its own document alone, t counted from the document's start: ``own_document``, nothing else.
+
 Parameters (numpy float64; an absent one is None):
   params["stages"][s] = {"embed": (V, d_s), "pos": (seq_len, d_0) for s = 0, (R_s, D_s) for s >= 1, "pad": (D_s,),
                          "project": (D_s, D_{s-1} / R_s), None for s = 0, "blocks": [block, ...], "final_norm": norm}
@@ -48,6 +51,7 @@ import numpy as np
 
 EPS = 1e-5  # of every norm, the QK norm included
 ROTARY_BASE = 10000.0
+BOUNDARY = 256
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("relu", "relu2", "gelu", "silu", "swiglu")
 POSITIONS = ("learned", "rotary", "none")
@@ -90,6 +94,7 @@ class Spec:
     token_shift: bool | tuple[bool, ...] = False
     final_norm: bool | tuple[bool, ...] = True
     output_mult: float = 1.0
+    isolate_documents: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.stages)
@@ -284,8 +289,20 @@ def later_stage_input(
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
+def own_document(prefix: Sequence[int], spec: Spec) -> Sequence[int]:
+    """What of prefix belongs to byte len(prefix)'s document: all after the last whole patch that holds a boundary."""
+    size = spec.stages[0].patch_size
+    start = 0
+    for end in range(size, len(prefix) + 1, size):
+        if BOUNDARY in prefix[end - size : end]:
+            start = end
+    return prefix[start:]
+
+
 def next_logits(prefix: Sequence[int], params: Params, spec: Spec) -> np.ndarray:
     """The logits (V,) of byte t = len(prefix), from the bytes before it."""
+    if spec.isolate_documents:
+        prefix = own_document(prefix, spec)
     t = len(prefix)
     g: np.ndarray | None = None  # the output of the stage above, at the position that holds byte t
     start = 0  # the first byte of that position

@@ -7,6 +7,9 @@ After n bytes the next one is predicted from: stage 0 at position n // P_0, and 
 stage moves on; nothing else ever is. A long prompt goes through the model's own blocks at once; one position at a time
 goes through `one_more`, the same arithmetic on tensors that were looked up once: for so little work, looking them up
 through modules and reshaping for long rows takes longer than the work. Tests hold both to the full forward pass.
+
+Where the model keeps documents apart, a boundary may come anywhere, in every row at its own place; the patch after it
+starts a document, as in the full forward pass.
 """
 
 from __future__ import annotations
@@ -18,25 +21,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbtrain.model.layers import NORM_EPS, Block, LayerCache, Norm, activate, rotary_angles, rotate
-from mbtrain.model.megabyte import Megabyte, Stage
+from mbtrain.model.layers import NORM_EPS, Block, LayerCache, Norm, activate, rotary_angles, rotate, same_document
+from mbtrain.model.megabyte import Megabyte, Stage, document_starts
 
 Angles = tuple[Tensor, Tensor]
-OneMore = Callable[[Tensor, LayerCache, Angles | None], Tensor]
+OneMore = Callable[[Tensor, LayerCache, Angles | None, Tensor | None, Tensor | None], Tensor]
 
 
 def one_more(block: Block) -> OneMore:
-    """Block.forward in evaluation for the next position alone: (x (b, d), cache, its rotary angles) -> (b, d)."""
+    """Block.forward in evaluation for the next position alone, (b, d).
+
+    Takes x (b, d), the cache, the position's rotary angles, and where documents are kept apart: whether it starts one
+    (b, 1) and where it may look (b, 1, 1, s).
+    """
     attn, ffn = block.attn, block.ffn
     heads, width, qk_norm = attn.n_heads, attn.d_head, attn.qk_norm
     attn_norm, ffn_norm = _norm(block.attn_norm), _norm(block.ffn_norm)
     qkv, out, up, down = ((m.weight, m.bias) for m in (attn.qkv, attn.out, ffn.up, ffn.down))
     token_shift, activation = block.token_shift, ffn.activation
 
-    def step(x: Tensor, cache: LayerCache, angles: Angles | None) -> Tensor:
+    def step(x: Tensor, cache: LayerCache, angles: Angles | None, starts: Tensor | None, mask: Tensor | None) -> Tensor:
         normed = attn_norm(x)
         if token_shift:
-            normed, cache.attn_last = _shift(normed, cache.attn_last)
+            normed, cache.attn_last = _shift(normed, cache.attn_last, starts)
         qkv_ = F.linear(normed, *qkv).view(-1, 3, heads, width)
         qk = qkv_.narrow(1, 0, 2)
         if qk_norm:
@@ -48,11 +55,11 @@ def one_more(block: Block) -> OneMore:
         cache.keys.select(2, n).copy_(k)
         cache.values.select(2, n).copy_(qkv_.select(1, 2))
         keys, values = cache.keys.narrow(2, 0, n + 1), cache.values.narrow(2, 0, n + 1)
-        mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
+        mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask)
         x = x + F.linear(mixed.reshape(x.shape), *out)
         normed = ffn_norm(x)
         if token_shift:
-            normed, cache.ffn_last = _shift(normed, cache.ffn_last)
+            normed, cache.ffn_last = _shift(normed, cache.ffn_last, starts)
         return x + F.linear(activate(F.linear(normed, *up), activation), *down)
 
     return step
@@ -65,10 +72,13 @@ def _norm(norm: Norm) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.layer_norm(x, (x.shape[-1],), gain, bias, NORM_EPS)
 
 
-def _shift(x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+def _shift(x: Tensor, before: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Token shift of one position (b, d) after `before` (b, 1, d); returns it and what the next one needs."""
     half = x.shape[-1] // 2
-    return torch.cat((x.narrow(1, 0, half), before.select(1, 0).narrow(1, half, half)), dim=-1), x.unsqueeze(1)
+    past = before.select(1, 0).narrow(1, half, half)
+    if starts is not None:
+        past = past.masked_fill(starts, 0)
+    return torch.cat((x.narrow(1, 0, half), past), dim=-1), x.unsqueeze(1)
 
 
 class Decoder:
@@ -122,22 +132,29 @@ class Decoder:
                 cache.reset()
         done, need = caches[0].used, (self.n - start) // stage.patch_size + 1
         if need > done:
-            x = self._positions(stage, start, done, need)
+            starts = None
+            if stage.coarsest and self.model.config.isolate_documents:
+                starts = document_starts(self.ids[:, : need * stage.patch_size], stage.patch_size)
+            x = self._positions(stage, start, done, need, starts)
             if parent is not None:
                 x = stage.condition_slots(x, parent, done)
             one = need == done + 1
-            self.outputs[s] = self._one_more(s, stage, x[:, 0]) if one else stage.transformer(x, caches)[:, -1]
+            self.outputs[s] = (
+                self._one_more(s, stage, x[:, 0], starts) if one else stage.transformer(x, caches, starts)[:, -1]
+            )
         output = self.outputs[s]
         assert output is not None
         return output
 
-    def _one_more(self, s: int, stage: Stage, x: Tensor) -> Tensor:
+    def _one_more(self, s: int, stage: Stage, x: Tensor, starts: Tensor | None) -> Tensor:
         """Transformer.forward for the next position alone, (b, d)."""
         caches, table = self.caches[s], self.angles[s]
         n = caches[0].used
         angles = None if table is None else (table[0][n], table[1][n])
+        mask = None if starts is None else same_document(starts, 1)
+        now = None if starts is None else starts[:, -1:]
         for step, cache in zip(self.steps[s], caches, strict=True):
-            x = step(x, cache, angles)
+            x = step(x, cache, angles, now, mask)
             cache.used = n + 1
         norm = stage.transformer.final_norm
         return x if norm is None else cast(Tensor, norm(x))
@@ -149,15 +166,21 @@ class Decoder:
         cos, sin = rotary_angles(0, keys.shape[2], keys.shape[3], keys.device)
         return cos.to(keys.dtype), sin.to(keys.dtype)
 
-    def _positions(self, stage: Stage, start: int, done: int, need: int) -> Tensor:
-        """Inputs of positions done .. need (each the embedding of the one before it; the pad at 0), (b, r, d)."""
+    def _positions(self, stage: Stage, start: int, done: int, need: int, starts: Tensor | None) -> Tensor:
+        """Inputs of positions done .. need (each the embedding of the one before it; the pad at 0), (b, r, d).
+
+        starts (b, need) in stage 0 where documents are kept apart: the pad stands there, too.
+        """
         first = start + max(done - 1, 0) * stage.patch_size
         ids = self.ids[:, first : start + (need - 1) * stage.patch_size]
         h = F.embedding(ids, stage.embed)
-        if stage.coarsest and stage.positions is not None:
+        if stage.coarsest and stage.positions is not None and starts is None:
             h = h + stage.positions[first : first + ids.shape[1]]
         x = h.reshape(h.shape[0], -1, stage.pad.shape[0])
-        return x if done else torch.cat((stage.first(x), x), dim=1)
+        if stage.coarsest and stage.positions is not None and starts is not None:
+            x = x + stage.positions_from(starts)[:, max(done - 1, 0) : need - 1]
+        x = x if done else torch.cat((stage.first(x), x), dim=1)
+        return x if starts is None else stage.restart(x, starts[:, done:])
 
     def _forget(self) -> None:
         self.n = 0

@@ -46,7 +46,8 @@ def count(config: Config, *, causal: bool = True) -> Count:
     """Count by formula (paper, section 3.1, exact in place of its approximations).
 
     causal: attention counts only the pairs that are allowed, the useful work; False counts all pairs, which is what
-    unmasked products execute and torch's counter sees.
+    unmasked products execute and torch's counter sees. With isolate_documents fewer pairs are allowed, how many
+    depends on the data: the same number then is an upper bound.
     """
     model, seq_len, vocab = config.model, config.data.seq_len, config.vocab_size
     block = model.block

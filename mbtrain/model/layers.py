@@ -129,22 +129,45 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def shift_half(x: Tensor, before: Tensor | None = None) -> Tensor:
-    """Token shift: the second half of the features comes from the position before; zeros (or `before`) at the first."""
+def shift_half(x: Tensor, before: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    """Token shift: the second half of the features comes from the position before; zeros (or `before`) at the first.
+
+    Zeros also where a document starts: starts (b, t), True there.
+    """
     now, past = x.chunk(2, dim=-1)
     first = torch.zeros_like(past[:, :1]) if before is None else before.chunk(2, dim=-1)[1]
-    return torch.cat((now, torch.cat((first, past[:, :-1]), dim=1)), dim=-1)
+    past = torch.cat((first, past[:, :-1]), dim=1)
+    if starts is not None:
+        past = past.masked_fill(starts.unsqueeze(-1), 0)
+    return torch.cat((now, past), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention; q (b, h, t, c) is the last t of the s positions of k and v (b, h, s, c)."""
+def same_document(starts: Tensor, t: int) -> Tensor:
+    """Where the last t of s positions may look: (b, 1, t, s), True for earlier ones of their own document.
+
+    starts (b, s) is True at the first position of every document.
+    """
+    numbers = starts.cumsum(dim=1)
+    same = numbers[:, -t:, None] == numbers[:, None, :]
+    return same.tril(starts.shape[1] - t).unsqueeze(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """Causal attention; q (b, h, t, c) is the last t of the s positions of k and v (b, h, s, c).
+
+    A mask (b, 1, t, s), True where a position may look, stands in place of plain causality and includes it.
+    """
     t, s = q.shape[2], k.shape[2]
     if q.device.type == "cpu" and s <= _PLAIN_ATTENTION_MAX_T:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if t > 1:
+        if mask is not None:
+            scores = torch.where(mask, scores, -math.inf)
+        elif t > 1:
             scores = scores + causal_mask(t, s, scores.dtype, scores.device)
         weights = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0)
         return weights @ v
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if t == 1:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     if t == s:
@@ -168,7 +191,7 @@ class Attention(nn.Module):
         self.qkv = Linear(matrix("hidden", 3 * d, d, init), block.bias)
         self.out = Linear(matrix("hidden", d, d, init, _branch_scale(stage, init)), block.bias)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (n h c) -> n b h t c", n=3, h=self.n_heads)
         if self.qk_norm:
             q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
@@ -180,7 +203,7 @@ class Attention(nn.Module):
             now = slice(cache.used, cache.used + x.shape[1])
             cache.keys[:, :, now], cache.values[:, :, now] = k, v
             k, v = cache.keys[:, :, : now.stop], cache.values[:, :, : now.stop]
-        mixed = attend(q, k, v, self.dropout if self.training else 0.0)
+        mixed = attend(q, k, v, self.dropout if self.training else 0.0, mask)
         return cast(Tensor, self.out(rearrange(mixed, "b h t c -> b t (h c)")))
 
 
@@ -212,7 +235,10 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x)); x (b, t, d) -> (b, t, d)."""
+    """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x)); x (b, t, d) -> (b, t, d).
+
+    Where documents are kept apart, starts (b, t) and mask (b, 1, t, s) say it: see shift_half and attend.
+    """
 
     def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
         super().__init__()
@@ -222,23 +248,29 @@ class Block(nn.Module):
         self.ffn_norm = Norm(stage.d_model, block)
         self.ffn = FeedForward(stage, block, init)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, starts: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         normed = self.attn_norm(x)
         if self.token_shift:
-            normed, kept = shift_half(normed, None if cache is None else cache.attn_last), normed
+            normed, kept = shift_half(normed, None if cache is None else cache.attn_last, starts), normed
             if cache is not None:
                 cache.attn_last = kept[:, -1:]
-        x = x + F.dropout(self.attn(normed, cache), self.dropout, self.training)
+        x = x + F.dropout(self.attn(normed, cache, mask), self.dropout, self.training)
         normed = self.ffn_norm(x)
         if self.token_shift:
-            normed, kept = shift_half(normed, None if cache is None else cache.ffn_last), normed
+            normed, kept = shift_half(normed, None if cache is None else cache.ffn_last, starts), normed
             if cache is not None:
                 cache.ffn_last = kept[:, -1:]
         return x + F.dropout(self.ffn(normed), self.dropout, self.training)
 
 
 class Transformer(nn.Module):
-    """A causal stack of blocks with a final norm; x (b, t, d) -> (b, t, d)."""
+    """A causal stack of blocks with a final norm; x (b, t, d) -> (b, t, d).
+
+    starts (b, s), over all positions so far, those in the caches too, is True where a document starts: given it, no
+    position sees another document. The price is a mask in place of the fast path that knows causality alone.
+    """
 
     def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, *, rotary: bool, final_norm: bool):
         super().__init__()
@@ -247,14 +279,17 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(stage, block, init, rotary) for _ in range(stage.n_layers))
         self.final_norm = Norm(stage.d_model, block) if final_norm else None
 
-    def forward(self, x: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+    def forward(self, x: Tensor, caches: list[LayerCache] | None = None, starts: Tensor | None = None) -> Tensor:
+        apart: tuple[Tensor, ...] = ()
+        if starts is not None:
+            apart = (starts[:, -x.shape[1] :], same_document(starts, x.shape[1]))
         for i, block in enumerate(self.blocks):
             if caches is not None:
-                x = block(x, caches[i])
+                x = block(x, caches[i], *apart)
             elif self.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, *apart, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, None, *apart)
         if caches is not None:
             for cache in caches:
                 cache.used += x.shape[1]

@@ -16,6 +16,11 @@ Stage s has positions of P_s bytes (P of the last is 1) and width D_s; bytes are
 With two stages (P, 1) this is the paper's model exactly; with one stage (1,) a byte-level transformer. What is ours:
 the local position table (one row per slot, added to the pad's slot too; the equations show none, the authors said on
 OpenReview that local positions are used) and the final norm of each stage; both are configuration.
+
+With isolate_documents (ours, too) a packed row gives every document the logits that it has alone at the start of a
+row. The loader lays documents out so that each begins with a patch; the model finds them by the boundaries in ids:
+patch k starts a document if k = 0 or patch k - 1 holds a boundary. There eq. 2's shift brings the pad, the positions
+of eq. 1 begin again, and eq. 3 looks no further back. Finer stages run inside one patch and never see two documents.
 """
 
 from __future__ import annotations
@@ -27,8 +32,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from mbtrain import vocab
 from mbtrain.config import ModelConfig
 from mbtrain.model.layers import Transformer, draw, matrix, parameter, table
+
+
+def document_starts(ids: Tensor, patch_size: int) -> Tensor:
+    """Which patches start a document, (b, k): the first, and each after a patch that holds a boundary; ids (b, t)."""
+    ends = rearrange(ids == vocab.BOUNDARY, "b (k p) -> b k p", p=patch_size).any(dim=-1)
+    return torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), dim=1)
 
 
 class Stage(nn.Module):
@@ -57,23 +69,37 @@ class Stage(nn.Module):
             self.positions = table("position", self.slots, stage.d_model, init) if kind == "learned" else None
         self.transformer = Transformer(stage, config.block, init, rotary=kind == "rotary", final_norm=config.final_norm)
 
-    def inputs(self, ids: Tensor, coarse: Tensor | None) -> Tensor:
+    def inputs(self, ids: Tensor, coarse: Tensor | None, starts: Tensor | None = None) -> Tensor:
         """Positions of this stage before its transformer (eqs. 1, 2 and 4).
 
         ids (b, t), t a multiple of the coarsest patch; coarse (n, D) is the coarser stage's output with n over batch
-        and positions, None in stage 0. Returns (n, r, d); in stage 0 (b, k, d).
+        and positions, None in stage 0; starts (b, k) in stage 0 where documents are kept apart. Returns (n, r, d); in
+        stage 0 (b, k, d).
         """
-        embedded = self.embedded(ids)
-        return self.condition(torch.cat((self.first(embedded), embedded[:, :-1]), dim=1), coarse)
+        embedded = self.embedded(ids, starts)
+        x = torch.cat((self.first(embedded), embedded[:, :-1]), dim=1)
+        return self.condition(x if starts is None else self.restart(x, starts), coarse)
 
-    def embedded(self, ids: Tensor) -> Tensor:
+    def embedded(self, ids: Tensor, starts: Tensor | None = None) -> Tensor:
         """Bytes embedded and concatenated to this stage's positions: ids (b, t) -> (b, k, d) or ((b k), r, d)."""
         h = F.embedding(ids, self.embed)
         if not self.coarsest:
             return rearrange(h, "b (k r p) d -> (b k) r (p d)", r=self.slots, p=self.patch_size)
-        if self.positions is not None:
+        if self.positions is not None and starts is None:
             h = h + self.positions[: ids.shape[1]]
-        return rearrange(h, "b (k p) d -> b k (p d)", p=self.patch_size)
+        x = rearrange(h, "b (k p) d -> b k (p d)", p=self.patch_size)
+        return x if self.positions is None or starts is None else x + self.positions_from(starts)
+
+    def positions_from(self, starts: Tensor) -> Tensor:
+        """The coarsest stage's learned positions of whole patches, (b, k, d), counted from where documents start."""
+        assert self.positions is not None
+        k = torch.arange(starts.shape[1], device=starts.device)
+        begun = torch.where(starts, k, 0).cummax(dim=1).values
+        return F.embedding(k - begun, rearrange(self.positions, "(k p) d -> k (p d)", p=self.patch_size))
+
+    def restart(self, x: Tensor, starts: Tensor) -> Tensor:
+        """x (b, k, d) with the pad in place of the patch of another document, where starts (b, k) is True."""
+        return torch.where(starts.unsqueeze(-1), self.pad.to(x.dtype), x)
 
     def first(self, like: Tensor) -> Tensor:
         """The trainable pad as first position, (n, 1, d)."""
@@ -112,11 +138,13 @@ class Megabyte(nn.Module):
         b, t = ids.shape
         # A row that ends inside a patch is filled up; causality keeps the filling out of every logit that is returned.
         filled = F.pad(ids, (0, -t % self.patch_size))
+        starts = document_starts(filled, self.patch_size) if self.config.isolate_documents else None
         coarse: Tensor | None = None
         for module in self.stages:
             stage = cast(Stage, module)
-            x = stage.transformer(stage.inputs(filled, coarse))
+            x = stage.transformer(stage.inputs(filled, coarse, starts), starts=starts)
             coarse = rearrange(x, "n r d -> (n r) d")
+            starts = None  # finer stages run inside one patch
         assert coarse is not None
         return self.logits(rearrange(coarse, "(b t) d -> b t d", b=b)[:, :t])
 

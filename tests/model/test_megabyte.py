@@ -50,6 +50,7 @@ def naive_twin(model: Megabyte) -> tuple[naive.Spec, dict[str, Any]]:
         tied=c.tied,
         token_shift=block.token_shift,
         final_norm=c.final_norm,
+        isolate_documents=c.isolate_documents,
     )
 
     def array(x: torch.Tensor | None) -> np.ndarray | None:
