@@ -1,52 +1,55 @@
 """From source files to a data set, in two passes; knows nothing of any modality.
 
-    1  stage    each group of source files -> its samples' bytes and an index             (parallel over groups)
+    1  stage    each group of source files -> an index of its samples, and their bytes    (parallel over groups)
        plan     all indices -> which samples are kept, and the split and shard of each    (a pure function)
     2  write    each shard: tar and parquet, from the staged bytes                        (parallel over shards)
-       finish   rejected.jsonl, then the manifest, then the staged work in DIR/.prep is removed
+       finish   rejected.parquet, then the manifest, then the staged work in DIR/.prep is removed
 
 Every file appears under its name only when it is whole, and what is there is not done again. So a job that was killed
-at any instant goes on where it was, and ends with the same bytes.
+at any instant goes on where it was, and ends with the same bytes; so does one that was done in parts, by any number of
+machines that share a file system.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from data_prep.job import PREP_NAME, Job, difference, load_job, read_mark
+from data_prep.locks import file_lock, folder_lock
+from data_prep.plan import Plan, load_plan, make_plan
 from data_prep.pool import Run, say, worker_pool
 from data_prep.recipe import Recipe
-from data_prep.sources import Modality, SourceFile, check_unchanged, digest, find_files
-from data_prep.split import cut_pieces, cut_shards, first_occurrences, split_by_hash, tar_bytes
-from data_prep.stage import GROUP_BYTES, StageJob, group_files, stage, stage_path, stage_schema
-from data_prep.writer import ShardJob, plan_path, plan_schema, write_shard
-from mbtrain.errors import DataError
+from data_prep.rejected import check_rejected, write_rejected
+from data_prep.sources import Modality, check_unchanged, digest, find_files
+from data_prep.stage import GROUP_BYTES, StageJob, stage
+from data_prep.writer import ShardJob, write_shard, written
+from mbtrain.errors import ConfigError, DataError
 from mbtrain.shards import (
     MANIFEST_NAME,
+    REJECTED_NAME,
     SCHEMA_VERSION,
     Manifest,
     ShardInfo,
     SplitInfo,
+    check_counts,
     check_files,
+    file_sha256,
     load_manifest,
+    shard_name,
     sync_folder,
-    whole_file,
     write_manifest,
 )
 
-REJECTED_NAME = "rejected.jsonl"
-_PREP_NAME = ".prep"
+ENGINES = ("local", "ray")
 _SHARD_FILE = re.compile(r"(.+)-\d{6}\.(tar|parquet)")
 _OTHER_OUT = "choose another --out, or --overwrite this one"
+
+Part = tuple[int, int]
 
 
 def build(
@@ -56,152 +59,293 @@ def build(
     recipe: Recipe,
     *,
     workers: int,
-    strict: bool = False,
+    engine: str = "local",
+    max_reject: float = 1.0,
     overwrite: bool = False,
     group_bytes: int = GROUP_BYTES,
 ) -> Manifest:
     """Make the data set `out` of `sources`, or go on with it, or find that it is made already.
 
     Args:
-        modality: turns a source file into samples.
-        sources: files and folders.
+        modality: turns what is in a source file into samples.
+        sources: files, folders and URLs.
         out: the data set's folder.
         recipe: everything else that decides the bytes.
         workers: processes; has no influence on the bytes.
-        strict: make anything that cannot be read or decoded an error.
+        engine: of `ENGINES`: where they run.
+        max_reject: largest share of what the sources hold that may be unreadable; beyond it nothing is made.
         overwrite: remove a data set in `out` that is of other sources or another recipe, or is to be made again.
         group_bytes: source bytes that are staged together; has no influence on the bytes.
 
     Raises:
-        DataError: sources are missing, changed or (with `strict`) bad; `out` holds something else; the disk is full.
+        DataError: sources are missing, changed or too bad; `out` holds something else; the disk is full.
+        ConfigError: something that the recipe or engine needs is not installed.
     """
     out = out.absolute()
-    with _output_errors(out):
+    check_recipe(modality.name, recipe)
+    with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            found = find_files(sources, recipe.include, recipe.exclude, out)
-            total_mb = sum(file.size for file in found.files) / 1e6
-            passed = "".join(f", {count} passed over ({reason})" for reason, count in found.skipped.items())
-            say(f"sources: {len(found.files)} files, {total_mb:.1f} MB{passed}")
-            finished = _start(out, modality, found.files, recipe, group_bytes, overwrite)
-            if finished is not None:
+        with folder_lock(out):
+            job = found_job(modality, sources, out, recipe, group_bytes)
+            if (finished := _start(job, overwrite, alone=True)) is not None:
                 return finished
-            with worker_pool(workers) as run:
-                return _build(modality, found.files, out, recipe, run, strict, group_bytes)
+            with engine_pool(engine, workers) as run:
+                read_pass(job, modality, run, job.missing())
+                check_rejected(job.prep, len(job.groups), job.files, max_reject)
+                plan = make_plan(job.prep, len(job.groups), job.recipe, job.files[0].path)
+                jobs = shard_jobs(job, plan)
+                shards = write_pass(jobs, run)
+            return finish(job, plan, jobs, shards)
 
 
-def _build(
+def build_part(
     modality: Modality,
-    files: list[SourceFile],
+    sources: Sequence[str],
     out: Path,
     recipe: Recipe,
-    run: Run,
-    strict: bool,
-    group_bytes: int,
+    part: Part,
+    *,
+    workers: int,
+    engine: str = "local",
+    group_bytes: int = GROUP_BYTES,
+) -> dict[str, int]:
+    """Read part i of n of the sources, in no need of the other parts; `merge` makes the data set of them.
+
+    The parts may run at once, on machines that share the file system of `out`, and each may be killed and run again.
+
+    Returns the numbers of source `files` and `bytes` of this part, and of its `groups`.
+
+    Raises:
+        DataError: as in `build`; or the part is at work already.
+    """
+    out = out.absolute()
+    check_recipe(modality.name, recipe)
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with folder_lock(out, shared=True):
+            job = found_job(modality, sources, out, recipe, group_bytes)
+            numbers = range(part[0], len(job.groups), part[1])
+            if _start(job, overwrite=False, alone=False) is None:
+                with _part_lock(job.prep, part, "part"):
+                    _part_path(job.prep, part).touch()
+                    with engine_pool(engine, workers) as run:
+                        missing = set(job.missing())
+                        read_pass(job, modality, run, [number for number in numbers if number in missing])
+                say(f"part {part[0]}/{part[1]} is read; when all are: mbtrain-prep merge {out}")
+            files = [file for number in numbers for file in job.groups[number]]
+            return {"files": len(files), "bytes": sum(file.size for file in files), "groups": len(numbers)}
+
+
+def merge(
+    out: Path, *, workers: int, engine: str = "local", max_reject: float = 1.0, part: Part | None = None
+) -> Manifest | None:
+    """Make the data set of parts that were all read; with `part`, only write share i of n of its shards.
+
+    Such shares may be written at once; a merge without `part` after them finishes the data set. Returns its manifest;
+    None with `part`.
+
+    Raises:
+        DataError: parts are not done yet, or as in `build`.
+    """
+    out = out.absolute()
+    with output_errors(out), folder_lock(_folder(out), shared=part is not None):
+        mark = read_mark(out)
+        if (out / MANIFEST_NAME).exists():
+            if part is None and (mark is None or mark.get("base") is None):
+                shutil.rmtree(out / PREP_NAME, ignore_errors=True)  # killed between the last two steps
+            say(f"{out} is finished already: nothing to do")
+            return load_manifest(out)
+        if mark is None:
+            raise DataError(f"{out}: no part was read here; run mbtrain-prep text (image, audio) ... --part=i/n first")
+        job = load_job(out)
+        if missing := job.missing():
+            raise DataError(f"{out}: {_undone(job, missing)}; run what is missing, then merge again")
+        with file_lock(job.prep / "plan.lock", "", wait=True):
+            check_rejected(job.prep, len(job.groups), job.files, max_reject)
+            plan = load_plan(job.prep) or make_plan(job.prep, len(job.groups), job.recipe, job.files[0].path)
+        jobs = shard_jobs(job, plan)
+        with engine_pool(engine, workers) as run:
+            if part is None:
+                return finish(job, plan, jobs, write_pass(jobs, run))
+            with _part_lock(job.prep, part, "share"):
+                write_pass(jobs[part[0] :: part[1]], run)
+        done = sum(written(shard) is not None for shard in jobs)
+        say(f"share {part[0]}/{part[1]} is written ({done} of {len(jobs)} shards are); then: mbtrain-prep merge {out}")
+        return None
+
+
+# ---- the steps of a job -------------------------------------------------------------------------------------------
+
+
+def check_recipe(modality: str, recipe: Recipe) -> None:
+    """Raise ConfigError where a recipe does not fit the modality, or what it needs is not installed."""
+    if recipe.split_bytes is not None and modality != "text":
+        raise ConfigError(f"split_bytes: cuts a file's bytes, and this is {modality}; use splits")
+    if recipe.near_dups is not None:
+        if modality != "text":
+            raise ConfigError(f"near_dups: finds near-duplicates of text, and this is {modality}; leave it out")
+        from data_prep.near import check_installed
+
+        check_installed()
+
+
+def found_job(modality: Modality, sources: Sequence[str], out: Path, recipe: Recipe, group_bytes: int) -> Job:
+    """The job of making `out` of the files that are found in `sources`; raises DataError as `find_files` does."""
+    found = find_files(sources, recipe.include, recipe.exclude, out, modality)
+    job = Job(out, modality.name, recipe, modality.options, found.files, group_bytes)
+    passed = "".join(f", {count} passed over ({reason})" for reason, count in found.skipped.items())
+    say(f"sources: {len(job.files)} files, {job.bytes / 1e6:.1f} MB{passed}")
+    return job
+
+
+def engine_pool(engine: str, workers: int) -> AbstractContextManager[Run]:
+    """Where work is done: processes here, or a Ray cluster. Raises ConfigError if it is neither or not installed."""
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "local":
+        return worker_pool(workers)
+    from data_prep.cluster import ray_pool
+
+    return ray_pool(workers)
+
+
+def read_pass(job: Job, modality: Modality, run: Run, numbers: Sequence[int]) -> None:
+    """Stage the groups of these numbers."""
+    firsts = [0]
+    for group in job.groups:
+        firsts.append(firsts[-1] + len(group))
+    limits = (job.recipe.min_bytes, job.recipe.max_bytes, job.recipe.near_dups is not None)
+    jobs = [StageJob(n, firsts[n], job.groups[n], modality, *limits, job.prep) for n in numbers]
+    run(stage, jobs, "read", sum(file.size for group in jobs for file in group.files))
+
+
+def shard_jobs(job: Job, plan: Plan, base: Manifest | None = None) -> list[ShardJob]:
+    """The new shards in their order; they follow those of `base` in each split."""
+    jobs: list[ShardJob] = []
+    out = job.out if base is None else job.prep / "new"
+    for split, shards in plan.shards.items():
+        first = len(base.splits[split].shards) if base is not None else 0
+        for number, size in enumerate(shards, first):
+            place = (out, job.prep, job.files_path, job.modality)
+            jobs.append(ShardJob(*place, split, number, len(jobs), size))
+    return jobs
+
+
+def write_pass(jobs: Sequence[ShardJob], run: Run) -> list[ShardInfo]:
+    """Write those shards that are not written yet; returns what all of them are, in their order."""
+    for folder in {job.out / job.split for job in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
+    infos = {number: info for number, job in enumerate(jobs) if (info := written(job)) is not None}
+    # the largest first: a large one that starts last would have the other workers wait for it
+    left = sorted((number for number in range(len(jobs)) if number not in infos), key=lambda n: -jobs[n].bytes)
+    new = run(write_shard, [jobs[number] for number in left], "write", sum(jobs[number].bytes for number in left))
+    infos |= dict(zip(left, new, strict=True))
+    return [infos[number] for number in range(len(jobs))]
+
+
+def finish(
+    job: Job, plan: Plan, jobs: Sequence[ShardJob], shards: Sequence[ShardInfo], base: Manifest | None = None
 ) -> Manifest:
-    prep = out / _PREP_NAME
-    groups = group_files(files, group_bytes)
-    jobs = [
-        StageJob(number, group, modality, recipe.min_bytes, recipe.max_bytes, prep)
-        for number, group in enumerate(groups)
-    ]
-    run(stage, jobs, "read", sum(file.size for file in files))
-    rejected = _collect_rejected(prep, len(jobs), strict)
+    """Check the sums, put rejected.parquet and the manifest in their places, and remove the staged work.
 
-    plan, duplicates, unused_bytes = _plan(prep, len(jobs), recipe, files)
-    shard_jobs: list[ShardJob] = []
-    for split, counts in plan.items():
-        (out / split).mkdir(exist_ok=True)
-        for number in range(len(counts)):
-            shard_jobs.append(ShardJob(out, prep, modality.name, split, number, len(shard_jobs)))
-    shards: list[ShardInfo] = run(write_shard, shard_jobs, "write", sum(sum(counts) for counts in plan.values()))
-
-    splits = {}
-    for split in plan:
-        of_split = tuple(info for job, info in zip(shard_jobs, shards, strict=True) if job.split == split)
+    Raises:
+        DataError: a source changed meanwhile, or what was found is not what was kept, left out and rejected.
+    """
+    splits: dict[str, SplitInfo] = {}
+    for split in plan.shards:
+        new = tuple(info for shard, info in zip(jobs, shards, strict=True) if shard.split == split)
+        of_split = (*base.splits[split].shards, *new) if base is not None else new
         splits[split] = SplitInfo(sum(i.samples for i in of_split), sum(i.bytes for i in of_split), of_split)
         if not of_split:
             say(f"warning: the split {split!r} is empty: there are too few samples for its share")
+    check_counts(str(job.out), plan.counts, sum(info.samples for info in shards))
+    for file in job.files:
+        check_unchanged(file)
+    if base is not None:
+        _move_new(job, jobs)
+    rejected = write_rejected(job, base.counts["rejected"] if base is not None else 0)
+    counts = {key: number + (base.counts[key] if base is not None else 0) for key, number in plan.counts.items()}
+    if rejected != counts["rejected"]:
+        raise DataError(f"{job.prep}: expected {counts['rejected']} rejections, got {rejected}; --overwrite it")
+    these = {"files": len(job.files), "bytes": job.bytes, "digest": digest(job.files)}
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        modality=modality.name,
-        documents="whole" if recipe.split_bytes is None else "pieces",
-        prep=recipe.as_json(),
-        sources={"files": len(files), "bytes": sum(file.size for file in files), "digest": digest(files)},
-        counts={"duplicates": duplicates, "rejected": rejected, "unused_bytes": unused_bytes},
+        modality=job.modality,
+        documents="whole" if job.recipe.split_bytes is None else "pieces",
+        prep=job.prep_json,
+        sources=these if base is None else {**base.sources, "appended": [*base.sources.get("appended", []), these]},
+        counts=counts,
         splits=splits,
+        rejected_sha256=file_sha256(job.out / REJECTED_NAME) if rejected else "",
     )
-    if rejected:
-        say(f"warning: {rejected} rejected; what and why stands in {out / REJECTED_NAME}")
-        with whole_file(out / REJECTED_NAME, prep / "tmp") as copy, open(prep / "rejected", "rb") as lines:
-            shutil.copyfileobj(lines, copy)
-    if unused_bytes:
-        say(f"warning: the last {unused_bytes} bytes of {files[0].path} lie beyond the splits and are not used")
-    for file in files:
-        check_unchanged(file)
-    write_manifest(out, manifest, prep / "tmp")
-    shutil.rmtree(prep)
+    if plan.counts["rejected"]:
+        say(f"warning: {plan.counts['rejected']} rejected; what and why stands in {job.out / REJECTED_NAME}")
+    if plan.counts["unused_bytes"]:
+        left = f"the last {plan.counts['unused_bytes']} bytes of {job.files[0].path}"
+        say(f"warning: {left} lie beyond the splits and are not used")
+    write_manifest(job.out, manifest, job.prep / "tmp")
+    shutil.rmtree(job.prep)
     return manifest
+
+
+def _move_new(job: Job, jobs: Sequence[ShardJob]) -> None:
+    for shard in jobs:
+        for end in ("tar", "parquet"):
+            name = f"{shard_name(shard.split, shard.number)}.{end}"
+            (job.out / shard.split).mkdir(exist_ok=True)
+            os.replace(shard.out / shard.split / name, job.out / shard.split / name)
+    for split in {shard.split for shard in jobs}:
+        sync_folder(job.out / split)
 
 
 # ---- starting, going on, and finding it done ----------------------------------------------------------------------
 
 
-def _start(
-    out: Path, modality: Modality, files: list[SourceFile], recipe: Recipe, group_bytes: int, overwrite: bool
-) -> Manifest | None:
-    """Make `out` ready to go on in; returns the manifest if there is nothing left to do."""
-    prep = out / _PREP_NAME
-    mark: dict[str, Any] = {
-        "modality": modality.name,
-        "prep": recipe.as_json(),
-        "sources": digest(files),
-        "files": [[file.path, file.mtime_ns] for file in files],
-        "group_bytes": group_bytes,
-    }
-    mark_path = prep / "job.json"
-    if (out / MANIFEST_NAME).exists():
-        if not overwrite:
-            manifest = _check_finished(out, modality, files, recipe)
+def _start(job: Job, overwrite: bool, *, alone: bool) -> Manifest | None:
+    """Make `out` ready to go on in; returns the manifest if there is nothing left to do.
+
+    Others may start parts of the same job at the same time, unless this one is `alone`.
+    """
+    out, prep = job.out, job.prep
+    mark = read_mark(out)
+    if (out / MANIFEST_NAME).exists() and not overwrite:
+        manifest = _check_finished(job)
+        if alone and (mark is None or mark.get("base") is None):
             shutil.rmtree(prep, ignore_errors=True)  # killed between the last two steps
-            say(f"{out} is finished already, from the same sources and parameters: nothing to do")
-            return manifest
-        _clear(out)
-    elif mark_path.exists():
-        if (other := json.loads(mark_path.read_bytes())) == mark:
-            shutil.rmtree(prep / "tmp", ignore_errors=True)
-            (prep / "tmp").mkdir()
-            say(f"{out}: going on with a job that was stopped")
+        say(f"{out} is finished already, from the same sources and parameters: nothing to do")
+        return manifest
+    if mark is not None and not (out / MANIFEST_NAME).exists():
+        if mark == job.mark():
+            if alone:
+                shutil.rmtree(prep / "tmp", ignore_errors=True)
+                (prep / "tmp").mkdir()
+            say(f"{out}: going on; {len(job.groups) - len(job.missing())} of {len(job.groups)} groups are read")
             return None
         if not overwrite:
-            what = "modality" if other.get("modality") != mark["modality"] else _difference(other["prep"], mark["prep"])
-            raise DataError(f"{out}: holds an unfinished job with other {what or 'sources'}; {_OTHER_OUT}")
+            raise DataError(f"{out}: holds an unfinished job with {difference(mark, job.mark())}; {_OTHER_OUT}")
+    elif not overwrite and any(shard_files(out)):
+        raise DataError(f"{out}: holds shards without a manifest, so they are not known to be whole; {_OTHER_OUT}")
+    if overwrite:
         _clear(out)
-    elif any(_shard_files(out)):
-        if not overwrite:
-            raise DataError(f"{out}: holds shards without a manifest, so they are not known to be whole; {_OTHER_OUT}")
-        _clear(out)
-    shutil.rmtree(prep, ignore_errors=True)
-    for folder in ("tmp", "stage", "shards"):
-        (prep / folder).mkdir(parents=True)
-    with whole_file(mark_path) as file:
-        file.write(json.dumps(mark).encode())
+    job.start(alone=alone)
     return None
 
 
-def _check_finished(out: Path, modality: Modality, files: list[SourceFile], recipe: Recipe) -> Manifest:
+def _check_finished(job: Job) -> Manifest:
     """The manifest of `out`, if it is what would be made now; else DataError.
 
     The manifest holds no times, so that it is the same on every machine; as with make, what is newer has changed.
     """
+    out = job.out
     manifest = load_manifest(out)
-    what = "modality" if manifest.modality != modality.name else _difference(manifest.prep, recipe.as_json())
-    if not what and manifest.sources.get("digest") != digest(files):
-        what = "sources (their names, sizes or number differ)"
+    there = {"modality": manifest.modality, "prep": manifest.prep}
+    what = difference(there, {"modality": job.modality, "prep": job.prep_json})
+    if not what and (manifest.sources.get("digest") != digest(job.files) or "appended" in manifest.sources):
+        what = "other sources (their names, sizes or number differ)"
     if what:
-        raise DataError(f"{out}: holds a finished data set with other {what}; {_OTHER_OUT}")
+        raise DataError(f"{out}: holds a finished data set with {what}; {_OTHER_OUT}")
     made_ns = (out / MANIFEST_NAME).stat().st_mtime_ns
-    if newer := next((file.path for file in files if file.mtime_ns > made_ns), None):
+    if newer := next((file.path for file in job.files if file.mtime_ns > made_ns), None):
         raise DataError(f"{out}: holds a finished data set, but {newer} is newer; {_OTHER_OUT}")
     for split, info in manifest.splits.items():
         if problems := check_files(out / split, info):
@@ -209,15 +353,7 @@ def _check_finished(out: Path, modality: Modality, files: list[SourceFile], reci
     return manifest
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """`shard_bytes (64 there, 128 now)` for the first parameter that differs; empty if none does."""
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            return f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new.get(key))} now)"
-    return ""
-
-
-def _shard_files(out: Path) -> Iterator[Path]:
+def shard_files(out: Path) -> Iterator[Path]:
     """Files of shards in `out`: DIR/<split>/<split>-000000.tar and .parquet."""
     for folder in (entry for entry in out.iterdir() if entry.is_dir()):
         for path in folder.iterdir():
@@ -230,31 +366,15 @@ def _clear(out: Path) -> None:
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     sync_folder(out)
     (out / REJECTED_NAME).unlink(missing_ok=True)
-    for path in list(_shard_files(out)):
+    for path in list(shard_files(out)):
         path.unlink()
         with suppress(OSError):  # not empty yet, or holds something else
             path.parent.rmdir()
-    shutil.rmtree(out / _PREP_NAME, ignore_errors=True)
+    shutil.rmtree(out / PREP_NAME, ignore_errors=True)
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold `out` against a second job; the lock ends with this process."""
-    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{out}: another mbtrain-prep works on it; wait for it, or choose another --out") from None
-        except OSError:
-            pass  # some network file systems have no locks for folders; there the user takes care
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _output_errors(out: Path) -> Iterator[None]:
+def output_errors(out: Path) -> Iterator[None]:
     """Errors of the file system while writing become one line; those of sources were dealt with where they arose."""
     try:
         yield
@@ -265,107 +385,32 @@ def _output_errors(out: Path) -> Iterator[None]:
         ) from None
 
 
-# ---- between the passes -------------------------------------------------------------------------------------------
+# ---- parts --------------------------------------------------------------------------------------------------------
 
 
-def _collect_rejected(prep: Path, groups: int, strict: bool) -> int:
-    """Gather the rejections in source order into .prep/rejected; returns how many there are.
-
-    Raises:
-        DataError: `strict`, and one is of something bad, not just empty, short or long.
-    """
-    number = 0
-    with whole_file(prep / "rejected", prep / "tmp") as out:
-        for group in range(groups):
-            with open(stage_path(prep, group, "rejected"), "rb") as lines:
-                for line in lines:
-                    number += 1
-                    out.write(line)
-                    if strict and (item := json.loads(line))["bad"]:
-                        place = " ".join(part for part in (item["source"], item["file"], item["where"]) if part)
-                        raise DataError(f"{place}: {item['reason']}; mend or remove it, or leave out --strict")
-    return number
+def _part_path(prep: Path, part: Part) -> Path:
+    return prep / "parts" / f"{part[0]}-of-{part[1]}"
 
 
-def _plan(prep: Path, groups: int, recipe: Recipe, files: list[SourceFile]) -> tuple[dict[str, list[int]], int, int]:
-    """Decide split and shard of every sample, and write the plan.
-
-    Returns the bytes of each shard by split, the number of duplicates left out, and the bytes left over by split_bytes.
-    """
-    import pyarrow as pa
-
-    tables = []
-    for group in range(groups):
-        with pa.memory_map(str(stage_path(prep, group, "index"))) as file:
-            table = pa.ipc.open_file(file).read_all()
-        tables.append(table.add_column(0, "stage", pa.array(np.full(len(table), group, np.int32))))
-    rows = pa.concat_tables(tables)
-    rows = rows.append_column("piece", pa.nulls(len(rows), pa.int64()))
-    if len(rows) == 0:
-        with open(prep / "rejected", "rb") as lines:
-            reason = next((json.loads(line)["reason"] for line in lines), "no record in the sources")
-        raise DataError(f"{files[0].path}: no sample in {len(files)} source files: {reason}; check SRC and the options")
-
-    duplicates = unused_bytes = 0
-    if recipe.split_bytes is None:
-        hashes = _hash_matrix(rows)
-        keep = np.flatnonzero(first_occurrences(hashes))
-        duplicates = len(rows) - len(keep)
-        split_numbers = split_by_hash(hashes[keep], [share for _, share in recipe.splits or ()])
-        rows = rows.take(pa.array(keep[np.argsort(split_numbers, kind="stable")]))
-        split_numbers = np.sort(split_numbers)
-    else:
-        rows, split_numbers, unused_bytes = _pieces(rows, recipe.split_bytes, recipe.sample_bytes, files)
-
-    lengths = rows["bytes"].to_numpy()
-    plan: dict[str, list[int]] = {}
-    with whole_file(plan_path(prep), prep / "tmp") as out, pa.ipc.new_file(out, plan_schema()) as writer:
-        for number, name in enumerate(recipe.split_names):
-            first, last = np.searchsorted(split_numbers, [number, number + 1])
-            plan[name] = []
-            for start, stop in cut_shards(tar_bytes(lengths[first:last]), recipe.shard_bytes):
-                part = rows.slice(first + start, stop - start).select(plan_schema().names).combine_chunks()
-                writer.write_batch(part.to_batches()[0])
-                plan[name].append(int(lengths[first + start : first + stop].sum()))
-    return plan, duplicates, unused_bytes
+def _part_lock(prep: Path, part: Part, what: str) -> AbstractContextManager[None]:
+    path = prep / "parts" / f"{what}-{part[0]}-of-{part[1]}.lock"
+    return file_lock(path, f"{prep.parent}: {what} {part[0]}/{part[1]} is at work already; wait for it")
 
 
-def _hash_matrix(rows: Any) -> np.ndarray:
-    """uint8 [n, 32]: the samples' hashes."""
-    parts = [
-        np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, 32)[chunk.offset : chunk.offset + len(chunk)]
-        for chunk in rows["hash"].chunks
-        if len(chunk)
-    ]
-    return np.concatenate(parts)
+def _undone(job: Job, missing: Sequence[int]) -> str:
+    """`parts 2/8, 5/8 are not done (4 of 30 groups)`: by the division into parts that was used last."""
+    started = [path for path in (job.prep / "parts").iterdir() if path.suffix != ".lock"]
+    groups = f"{len(missing)} of {len(job.groups)} groups are not read"
+    if not started:
+        return groups
+    parts = int(max(started, key=lambda path: os.stat(path).st_mtime_ns).name.rpartition("-")[2])
+    undone = sorted({number % parts for number in missing})
+    listed = ", ".join(f"{number}/{parts}" for number in undone[:10]) + (", ..." if len(undone) > 10 else "")
+    return f"{'parts' if len(undone) > 1 else 'part'} {listed} not done ({groups})"
 
 
-def _pieces(
-    rows: Any, split_bytes: Sequence[tuple[str, int]], sample_bytes: int, files: list[SourceFile]
-) -> tuple[Any, np.ndarray, int]:
-    """The plan's rows for the pieces of the one document in `rows`, their split numbers, and the bytes left over."""
-    import pyarrow as pa
-
-    path = files[0].path
-    if len(rows) != 1 or len(files) != 1:
-        raise DataError(
-            f"{path}: split_bytes: expected one long file, got {len(files)} files with {len(rows)} documents; "
-            "give one file, or use --splits"
-        )
-    document = rows.to_pylist()[0]
-    wanted = sum(size for _, size in split_bytes)
-    if document["bytes"] < wanted:
-        raise DataError(f"{path}: split_bytes: expected {wanted} bytes or more, got {document['bytes']}; take less")
-    offsets, lengths, split_numbers = cut_pieces([size for _, size in split_bytes], sample_bytes)
-    count = len(offsets)
-    columns = {
-        "stage": pa.array(np.zeros(count, np.int32)),
-        "offset": pa.array(offsets + document["offset"], pa.int64()),
-        "bytes": pa.array(lengths, pa.int64()),
-        "hash": pa.nulls(count, stage_schema().field("hash").type),
-        "shape": pa.nulls(count, stage_schema().field("shape").type),
-        "sample_rate": pa.nulls(count, pa.int32()),
-        "source": pa.repeat(document["source"], count),
-        "piece": pa.array(np.arange(count), pa.int64()),
-    }
-    return pa.table(columns, schema=plan_schema()), split_numbers, document["bytes"] - wanted
+def _folder(out: Path) -> Path:
+    """`out`, if it is a folder; else DataError."""
+    if not out.is_dir():
+        raise DataError(f"{out}: expected a folder made by mbtrain-prep, got none")
+    return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -34,7 +35,7 @@ class Recipe:
     exclude        patterns for files and folders to leave out
     min_bytes      shorter samples are rejected
     max_bytes      longer samples are rejected
-    options        the modality's own parameters
+    near_dups      a sample whose estimated Jaccard similarity to one before it reaches this is left out; None: none is
     """
 
     splits: tuple[tuple[str, Fraction], ...] | None
@@ -45,7 +46,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     min_bytes: int = 1
     max_bytes: int = LARGEST_SAMPLE_BYTES
-    options: dict[str, Any] = field(default_factory=dict)
+    near_dups: float | None = None
 
     def __post_init__(self) -> None:
         if (self.splits is None) == (self.split_bytes is None):
@@ -54,6 +55,11 @@ class Recipe:
             raise ConfigError(
                 "min_bytes, max_bytes: have no meaning with split_bytes, which cuts one file; leave them out"
             )
+        if self.near_dups is not None:
+            if not 0.3 <= self.near_dups < 1:  # false too for what is no number
+                raise ConfigError(f"near_dups: expected a similarity of 0.3 to below 1, got {self.near_dups:g}")
+            if self.split_bytes is not None:
+                raise ConfigError("near_dups: has no meaning with split_bytes, which cuts one file; leave it out")
         if not 1 <= self.min_bytes <= self.max_bytes <= LARGEST_SAMPLE_BYTES:
             got = f"{self.min_bytes} and {self.max_bytes}"
             raise ConfigError(
@@ -72,12 +78,32 @@ class Recipe:
     def as_json(self) -> dict[str, Any]:
         """The recipe as it stands in the manifest; equal recipes give equal objects."""
         if self.split_bytes is None:
-            how: dict[str, Any] = {"splits": {name: float(share) for name, share in self.splits or ()}}
-            how |= {"min_bytes": self.min_bytes, "max_bytes": self.max_bytes}
+            how: dict[str, Any] = {"splits": {name: _plain_share(share) for name, share in self.splits or ()}}
+            how |= {"min_bytes": self.min_bytes, "max_bytes": self.max_bytes, "near_dups": self.near_dups}
         else:
             how = {"split_bytes": dict(self.split_bytes), "sample_bytes": self.sample_bytes}
         patterns = {"include": list(self.include), "exclude": list(self.exclude)}
-        return {**how, "shard_bytes": self.shard_bytes, **patterns, **self.options}
+        return {**how, "shard_bytes": self.shard_bytes, **patterns}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Recipe:
+        """The recipe of which `as_json` made `value`; keys that are none of the recipe's are left alone.
+
+        Raises:
+            KeyError, TypeError, ValueError, ConfigError: it is of no recipe.
+        """
+        ours = {key: value[key] for key in cls.__dataclass_fields__ if key in value}
+        ours |= {key: tuple(value[key]) for key in ("include", "exclude")}
+        if "splits" in ours:
+            ours["splits"] = tuple((name, Fraction(str(share))) for name, share in value["splits"].items())
+        else:
+            ours |= {"splits": None, "split_bytes": tuple(value["split_bytes"].items())}
+        return cls(**ours)
+
+
+def _plain_share(share: Fraction) -> float | str:
+    """0.9 of 9/10, for which it is exact as decimals, and "1/3" of 1/3."""
+    return float(share) if Fraction(str(float(share))) == share else str(share)
 
 
 def parse_size(key: str, text: str) -> int:

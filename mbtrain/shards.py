@@ -1,6 +1,7 @@
 """The shard format and its reading side: manifest, index, bytes by offset. Knows no model and imports no torch.
 
     DIR/manifest.json                    what the data set is; written last, so its presence means that all is whole
+    DIR/rejected.parquet                 what is no sample, and why; only there if something is not
     DIR/<split>/<split>-000000.tar       a webdataset tar (USTAR), one member <key>.<extension> per sample
     DIR/<split>/<split>-000000.parquet   one row per member, in the tar's order; see `index_schema`
 
@@ -30,10 +31,19 @@ from mbtrain.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+REJECTED_NAME = "rejected.parquet"
 EXTENSIONS = {"text": "text", "image": "rgb", "audio": "pcm"}
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+# found            what the readers of the sources yielded, as samples or rejected; of a file cut in pieces, the pieces
+# duplicates       samples left out because their very bytes were there before
+# near_duplicates  samples left out because they resemble one that was there before
+# rejected         what is no sample; rejected.parquet says what and why
+# passed_over      members of archives that were not asked for
+# unused_bytes     past the end of the last split, where a file is cut in pieces
+COUNTS = ("found", "duplicates", "near_duplicates", "rejected", "passed_over", "unused_bytes")
 
 # One descriptor per shard stays open up to this many; a soft limit of 1024 open files is common.
 MAX_OPEN_SHARDS = 256
@@ -73,8 +83,12 @@ class Manifest:
 
     documents   "whole": each sample is one document, image or recording; "pieces": consecutive pieces of one file
     prep        the parameters that the bytes depend on
-    sources     `files`, `bytes` and a `digest` over labels, relative paths and sizes of what was read
-    counts      `duplicates`, `rejected` (in samples) and `unused_bytes` (past the end of the last split)
+    sources     `files`, `bytes` and a `digest` over labels, relative paths and sizes of what was read first, and in
+                `appended` the same of each addition
+    counts      see `COUNTS`; found = samples + duplicates + near_duplicates + rejected
+    rejected_sha256     of rejected.parquet; empty where nothing was rejected
+
+    On disk it ends with `sha256`, which `load_manifest` compares with the rest.
     """
 
     schema_version: int
@@ -84,24 +98,32 @@ class Manifest:
     sources: dict[str, Any]
     counts: dict[str, int]
     splits: dict[str, SplitInfo]
+    rejected_sha256: str = ""
 
 
 def write_manifest(root: Path, manifest: Manifest, tmp_dir: Path | None = None) -> None:
     """Write `root/manifest.json`; it appears whole or not at all. `tmp_dir` is as in `whole_file`."""
-    text = json.dumps(asdict(manifest), indent=1) + "\n"
     with whole_file(Path(root) / MANIFEST_NAME, tmp_dir) as out:
-        out.write(text.encode())
+        out.write(_manifest_bytes(json.loads(json.dumps(asdict(manifest)))))
+
+
+def _manifest_bytes(value: dict[str, Any]) -> bytes:
+    """The one file that says `value`, less its `sha256`: so a file is changed exactly when it is not this one."""
+    content = {key: item for key, item in value.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps(content | {"sha256": digest}, indent=1) + "\n").encode()
 
 
 def load_manifest(root: Path | str) -> Manifest:
     """Read and check `root/manifest.json`.
 
     Raises:
-        DataError: it is missing, cut off, of another schema version, or its keys, types or sums are not as written.
+        DataError: it is missing, cut off, of another schema version, or any byte of it is not as written.
     """
     path = Path(root) / MANIFEST_NAME
     try:
-        value = json.loads(path.read_bytes())
+        written = path.read_bytes()
+        value = json.loads(written)
     except FileNotFoundError:
         raise DataError(
             f"{path}: no manifest, so this is no finished data set; run mbtrain-prep (again: it goes on where it was)"
@@ -123,9 +145,21 @@ def load_manifest(root: Path | str) -> Manifest:
         raise DataError(f"{where}: modality: expected one of {', '.join(EXTENSIONS)}, got {top['modality']!r}")
     if top["documents"] not in ("whole", "pieces"):
         raise DataError(f"{where}: documents: expected 'whole' or 'pieces', got {top['documents']!r}")
-    _record(top["counts"], f"{where}: counts", dict.fromkeys(("duplicates", "rejected", "unused_bytes"), int))
+    counts = _record(top["counts"], f"{where}: counts", dict.fromkeys(COUNTS, int))
     splits = {name: _split_info(name, split, f"{where}: splits.{name}") for name, split in top["splits"].items()}
-    return Manifest(**{**top, "splits": splits})
+    check_counts(where, counts, sum(split.samples for split in splits.values()))
+    # last, since what was said above says more
+    if _manifest_bytes(value) != written:
+        raise DataError(f"{where}: changed: its own sha256 does not fit it; {_PREPARE_AGAIN}")
+    return Manifest(**{**{key: item for key, item in top.items() if key != "sha256"}, "splits": splits})
+
+
+def check_counts(where: str, counts: dict[str, int], samples: int) -> None:
+    """Raise DataError unless found = samples + duplicates + near_duplicates + rejected: nothing vanishes unseen."""
+    parts = {"samples": samples} | {key: counts[key] for key in ("duplicates", "near_duplicates", "rejected")}
+    if counts["found"] != sum(parts.values()):
+        listed = " + ".join(f"{number} {key}" for key, number in parts.items())
+        raise DataError(f"{where}: counts: expected {counts['found']} found = {listed}; {_PREPARE_AGAIN}")
 
 
 def dataset_hash(manifest: Manifest) -> str:
@@ -142,6 +176,8 @@ _MANIFEST_KEYS: dict[str, type] = {
     "sources": dict,
     "counts": dict,
     "splits": dict,
+    "rejected_sha256": str,
+    "sha256": str,
 }
 _SPLIT_KEYS: dict[str, type] = {"samples": int, "bytes": int, "shards": list}
 _SHARD_KEYS: dict[str, type] = {
@@ -199,7 +235,8 @@ def whole_file(final: Path, tmp_dir: Path | None = None) -> Iterator[BinaryIO]:
 
     `tmp_dir` (the file's own folder by default) must be on the same file system.
     """
-    tmp = (tmp_dir or final.parent) / f".{final.name}.{os.getpid()}.tmp"
+    # random: machines that share a file system may give two processes the same number
+    tmp = (tmp_dir or final.parent) / f".{final.name}.{os.urandom(6).hex()}.tmp"
     try:
         with open(tmp, "wb", buffering=_WRITE_BYTES) as out:
             yield out
@@ -264,14 +301,11 @@ def read_index(path: Path, columns: Sequence[str]) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(
-            path,
-            columns=list(columns),
-            read_dictionary=["source"] if "source" in columns else None,
-            page_checksum_verification=True,
-            use_threads=False,  # many indices are read at once; two kinds of threads would only get in each other's way
-            partitioning=None,
-        ).select(list(columns))
+        # Not by pq.read_table, which imports pyarrow.dataset and, where there is one, pandas: 0.25 s and 50 MB.
+        dictionary = ["source"] if "source" in columns else None
+        with pq.ParquetFile(path, read_dictionary=dictionary, page_checksum_verification=True) as file:
+            # many indices are read at once; two kinds of threads would only get in each other's way
+            return file.read(list(columns), use_threads=False).select(list(columns))
     except (OSError, pa.ArrowException, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: the index cannot be read ({reason}); {_PREPARE_AGAIN}") from None
@@ -324,26 +358,55 @@ def open_split(root: Path | str, split: str, check: Literal["size", "full"] = "s
     lengths = np.empty(info.samples, np.int64)
     offsets = np.empty(info.samples, np.int64)
     source_index = np.empty(info.samples, np.int32)
+    image_sizes = np.empty((info.samples, 2), np.int32) if manifest.modality == "image" else None
     names_seen: dict[str, int] = {}
     row = 0
-    for shard, table in zip(info.shards, _indices(folder, info.shards), strict=True):
+    for shard, table in zip(info.shards, _indices(folder, info.shards, manifest.modality), strict=True):
+        path = folder / f"{shard.name}.parquet"
         rows = slice(row, row + shard.samples)
-        lengths[rows] = table["bytes"].to_numpy()
-        offsets[rows] = table["offset"].to_numpy()
+        lengths[rows] = _numbers(path, table["bytes"])
+        offsets[rows] = _numbers(path, table["offset"])
         source = table["source"].combine_chunks()
         numbers = np.array([names_seen.setdefault(n, len(names_seen)) for n in source.dictionary.to_pylist()], np.int32)
-        source_index[rows] = numbers[source.indices.to_numpy()]
+        source_index[rows] = numbers[_numbers(path, source.indices)]
+        if image_sizes is not None:
+            image_sizes[rows] = _image_sizes(path, table)
         row += shard.samples
-    return Split(manifest, split, folder, lengths, offsets, list(names_seen), source_index)
+    return Split(manifest, split, folder, lengths, offsets, list(names_seen), source_index, image_sizes)
 
 
-def _indices(folder: Path, shards: Sequence[ShardInfo]) -> Iterator[pa.Table]:
+def _numbers(path: Path, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of whole numbers. Not by to_numpy, which imports pandas: 0.2 s and 40 MB.
+
+    Raises:
+        DataError: a number is missing, or it holds something else.
+    """
+    import pyarrow as pa
+
+    try:
+        return np.from_dlpack(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: the index cannot be read ({error}); {_PREPARE_AGAIN}") from None
+
+
+def _image_sizes(path: Path, table: pa.Table) -> np.ndarray:
+    """Height and width of each image of an index, int32 [n, 2]."""
+    values = _numbers(path, table["shape"].combine_chunks().flatten())
+    shapes = values.reshape(-1, 3) if len(values) == 3 * len(table) else None
+    if shapes is None or (shapes.astype(np.int64).prod(axis=1) != _numbers(path, table["bytes"])).any():
+        raise DataError(f"{path}: an image's shape does not fit its bytes; {_PREPARE_AGAIN}")
+    return shapes[:, :2]
+
+
+def _indices(folder: Path, shards: Sequence[ShardInfo], modality: str) -> Iterator[pa.Table]:
     """The shards' indices in their order, each checked against the manifest."""
+
+    columns = ("offset", "bytes", "source", *(("shape",) if modality == "image" else ()))
 
     def index(shard: ShardInfo) -> pa.Table:
         path = folder / f"{shard.name}.parquet"
-        table = read_index(path, ("offset", "bytes", "source"))
-        lengths, offsets = table["bytes"].to_numpy(), table["offset"].to_numpy()
+        table = read_index(path, columns)
+        lengths, offsets = _numbers(path, table["bytes"]), _numbers(path, table["offset"])
         if len(lengths) != shard.samples or int(lengths.sum()) != shard.bytes:
             got = f"{len(lengths)} samples of {int(lengths.sum())} bytes"
             raise DataError(f"{path}: expected {shard.samples} samples of {shard.bytes} bytes, got {got}")
@@ -371,6 +434,7 @@ class Split:
         offsets: np.ndarray,
         source_names: list[str],
         source_index: np.ndarray,
+        image_sizes: np.ndarray | None = None,
     ) -> None:
         self.manifest = manifest
         self.name = name
@@ -381,6 +445,7 @@ class Split:
         self.source_index = source_index
         self._folder = folder
         self._offsets = offsets
+        self._image_sizes = image_sizes
         counts = [shard.samples for shard in manifest.splits[name].shards]
         self._first_rows = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._renew()
@@ -413,6 +478,53 @@ class Split:
             path = self._shard_path(number, "tar")
             raise DataError(f"{path}: cut off: sample {i} ends at byte {end}, the file at {position}; {_PREPARE_AGAIN}")
         return b"".join(parts)
+
+    def read_into(
+        self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: np.ndarray, to: np.ndarray
+    ) -> None:
+        """Read bytes starts..stops of each of these samples to `out` (uint8) from `to` on; int64 arrays, one row each.
+
+        Made for many short reads: what `read` does for each is done here for all at once, all but the reading.
+
+        Raises:
+            DataError: a tar ends too early; it was cut off after it was opened.
+        """
+        numbers = np.searchsorted(self._first_rows, samples, side="right") - 1
+        positions, sizes = self._offsets[samples] + starts, stops - starts
+        view = out.data
+        held: dict[int, _Descriptor] = {}
+        for i, (number, position, size, target) in enumerate(
+            zip(numbers.tolist(), positions.tolist(), sizes.tolist(), to.tolist(), strict=True)
+        ):
+            shard = held.get(number)
+            if shard is None:
+                if len(held) == MAX_OPEN_SHARDS:
+                    held.clear()
+                shard = held[number] = self._descriptor(number)
+            # and a copy: for short reads that is faster than to hand preadv a part of `out`
+            data = os.pread(shard.number, size, position)
+            if len(data) != size:
+                start = int(starts[i])  # `read` goes on where a call stopped early, or says what is wrong
+                data = self.read(int(samples[i]), start, start + size)
+            view[target : target + size] = data
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        """Height and width of image i, in pixels.
+
+        Raises:
+            DataError: these are no images.
+        """
+        if self._image_sizes is None:
+            raise DataError(f"split {self.name!r}: holds {self.modality}, no images")
+        height, width = self._image_sizes[i].tolist()
+        return height, width
+
+    def common_image_size(self) -> tuple[int, int] | None:
+        """Height and width, in pixels, where all images have the same; else None."""
+        sizes = self._image_sizes
+        if sizes is None or not len(sizes) or (sizes != sizes[0]).any():
+            return None
+        return self.image_size(0)
 
     def key(self, i: int) -> str:
         """Key of sample i: the name of its tar member less the extension. Reads the index; meant for messages."""

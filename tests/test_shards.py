@@ -189,7 +189,7 @@ def test_a_manifest_that_is_missing_cut_off_or_of_another_kind_is_an_error(data:
     whole = (data / "manifest.json").read_text()
     good = json.loads(whole)["splits"]["train"]
     for changes, message in [
-        ({"schema_version": 2}, "schema_version: expected 1, got 2"),
+        ({"schema_version": 3}, "schema_version: expected 2, got 3"),
         ({"extra": 1}, "unknown key 'extra'"),
         ({"modality": "smell"}, "modality: expected one of text, image, audio, got 'smell'"),
         ({"documents": "some"}, "documents: expected 'whole' or 'pieces'"),
@@ -197,7 +197,8 @@ def test_a_manifest_that_is_missing_cut_off_or_of_another_kind_is_an_error(data:
         ({"splits": {"train": {**good, "samples": "60"}}}, "samples: expected int, got str"),
         ({"splits": {"../train": good}}, "not a split's name"),
         ({"splits": {"train": {**good, "shards": good["shards"][1:]}}}, "expected shard train-000000"),
-        ({"counts": {}}, "the key 'duplicates' is missing"),
+        ({"counts": {}}, "the key 'found' is missing"),
+        ({"prep": {"size": 1}}, "changed: its own sha256 does not fit it"),
     ]:
         edit_manifest(data, **changes)
         with pytest.raises(DataError, match=message) as error:

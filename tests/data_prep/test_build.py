@@ -18,17 +18,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import build as build_module
 from data_prep.build import build
+from data_prep.locks import folder_lock
 from data_prep.recipe import Recipe, parse_split_bytes, parse_splits
 from data_prep.text import text_modality
 from data_prep.verify import verify
 from mbtrain.errors import DataError
-from mbtrain.shards import Manifest, open_split
+from mbtrain.shards import COUNTS, Manifest, open_split
 
 REPOSITORY = Path(__file__).parents[2]
 SPLITS = "train=0.8,val=0.2"
@@ -47,6 +49,14 @@ def make(sources: Path | list[Path], out: Path, splits: str = SPLITS, **options:
 def contents(out: Path, split: str) -> list[bytes]:
     opened = open_split(out, split)
     return [opened.read(i) for i in range(len(opened))]
+
+
+def counts(**known: int) -> dict[str, int]:
+    return {**dict.fromkeys(COUNTS, 0), **known}
+
+
+def rejections(out: Path) -> list[dict[str, Any]]:
+    return pq.read_table(out / "rejected.parquet").to_pylist()
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -98,18 +108,21 @@ def test_the_place_and_times_of_the_sources_change_nothing(sources: Path, tmp_pa
     assert digests(tmp_path / "here") == digests(tmp_path / "there")
 
 
-def test_every_document_is_kept_once_or_counted(sources: Path, tmp_path: Path) -> None:
+def test_every_document_is_kept_once_or_counted(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     manifest = make(sources, tmp_path / "out")
+    assert "MB/s, 1 rejected\n" in capsys.readouterr().err  # what is only empty is no reason to worry
     expected = {path.read_bytes() for path in sources.rglob("*.bin")} | {b"one", b"two"}
     found = contents(tmp_path / "out", "train") + contents(tmp_path / "out", "val")
     assert len(found) == len(expected) == 92
     assert set(found) == expected
-    assert manifest.counts == {"duplicates": 2, "rejected": 2, "unused_bytes": 0}
+    assert manifest.counts == counts(found=96, duplicates=2, rejected=2)
     assert manifest.documents == "whole"
-    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    rejected = rejections(tmp_path / "out")
     assert [(item["file"], item["where"]) for item in rejected] == [("empty", ""), ("records.jsonl", "line 3")]
     assert rejected[0]["reason"] == "empty"
     assert rejected[1]["reason"].startswith("not JSON")
+    assert [item["bad"] for item in rejected] == [False, True]
+    assert {item["source"] for item in rejected} == {"sources"}
     assert verify(tmp_path / "out", 1)[1] == []
 
 
@@ -165,24 +178,38 @@ def test_lengths_outside_the_limits_are_counted(tmp_path: Path) -> None:
     manifest = make(tmp_path / "x.jsonl", tmp_path / "out", "train=1", min_bytes=3, max_bytes=8)
     assert [len(document) for document in contents(tmp_path / "out", "train")] == [3, 4, 5, 6, 7, 8]
     assert manifest.counts["rejected"] == 6
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    reasons = [item["reason"] for item in rejections(tmp_path / "out")]
+    assert not any(item["bad"] for item in rejections(tmp_path / "out"))
     assert reasons[0] == "empty"
     assert reasons[1] == "1 bytes, shorter than 3"
     assert reasons[-1] == "longer than 8 bytes"
 
 
 def test_strict_stops_at_what_is_bad_but_not_at_what_is_empty(sources: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"sources records\.jsonl line 3: not JSON.*leave out --strict"):
-        make(sources, tmp_path / "out", strict=True)
+    with pytest.raises(DataError, match=r"^sources records\.jsonl line 3: not JSON.*: 1 of 96 cannot be.*--strict"):
+        make(sources, tmp_path / "out", max_reject=0)
     assert not (tmp_path / "out" / "manifest.json").exists()
     (sources / "records.jsonl").unlink()
-    manifest = make(sources, tmp_path / "other", strict=True)
+    manifest = make(sources, tmp_path / "other", max_reject=0)
     assert manifest.counts["rejected"] == 1
+
+
+def test_more_that_is_bad_than_allowed_stops_before_anything_is_written(sources: Path, tmp_path: Path) -> None:
+    (sources / "records.jsonl").write_text("{oops\n" * 5 + '{"text": "one"}\n')
+    message = r"line 1: not JSON.*line 3: not JSON.*\(and 2 more\): 5 of 98 .*=0\.05 "
+    with pytest.raises(DataError, match=message) as error:
+        make(sources, tmp_path / "out", max_reject=0.05)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("[!.]*"))
+    manifest = make(sources, tmp_path / "out", max_reject=5 / 98)  # goes on, and the limit leaves no trace
+    assert manifest.counts == counts(found=98, duplicates=1, rejected=6)
+    make(sources, tmp_path / "plain")
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(DataError, match=r"x\.jsonl: no sample in 1 source files: no key 'text'"):
+    with pytest.raises(DataError, match=r"x\.jsonl: no sample in all source files: no key 'text'"):
         make(tmp_path / "x.jsonl", tmp_path / "out")
 
 
@@ -214,7 +241,7 @@ def test_pieces_of_one_file_put_together_are_the_file(tmp_path: Path, suffix: st
     sizes = parse_split_bytes("split_bytes", "90000,5000,4000")
     manifest = make(path, tmp_path / "out", split_bytes=sizes, sample_bytes=4096)
     assert manifest.documents == "pieces"
-    assert manifest.counts == {"duplicates": 0, "rejected": 0, "unused_bytes": 1000}
+    assert manifest.counts == counts(found=25, unused_bytes=1000)
     assert [b"".join(contents(tmp_path / "out", split)) for split in ("train", "val", "test")] == [
         content[:90_000],
         content[90_000:95_000],
@@ -234,7 +261,7 @@ def test_pieces_need_one_file_that_is_long_enough(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a: split_bytes: expected 101 bytes or more, got 100"):
         make(tmp_path / "in", tmp_path / "out", split_bytes=sizes)
     (tmp_path / "in" / "b").write_bytes(bytes(100))
-    with pytest.raises(DataError, match="expected one long file, got 2 files with 2 documents"):
+    with pytest.raises(DataError, match="expected one long file, got files with 2 documents"):
         make(tmp_path / "in", tmp_path / "out", split_bytes=sizes, overwrite=True)
 
 
@@ -289,7 +316,7 @@ def test_finished_work_is_not_done_again(sources: Path, tmp_path: Path, monkeypa
         patch.setattr(build_module, "write_manifest", stop)
         with pytest.raises(Killed):
             make(sources, tmp_path / "out")
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*-0*.*")}
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[a-z]*/*-0*.*")}
     assert len(written) > 10
     make(sources, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in written} == written
@@ -336,7 +363,7 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bytes(
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         whole = digests(tmp_path / "whole")
-        for path in out.glob("*/*-0*.*"):  # what has its name is whole
+        for path in out.glob("[a-z]*/*-0*.*"):  # what has its name is whole
             assert hashlib.sha256(path.read_bytes()).hexdigest() == whole[str(path.relative_to(out))]
     assert kills
     assert start(tmp_path, sources, out, workers).wait(30) == 0
@@ -495,9 +522,46 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
         make(sources, tmp_path / "out")
 
 
+def test_a_long_plain_file_is_not_copied_and_its_content_is_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long"
+    path.write_bytes(b"a" * 200_000)
+    info = path.stat()
+    plan = build_module.make_plan
+
+    def change_then_plan(prep: Path, *arguments: Any) -> Any:
+        assert not list((prep / "stage").glob("*.blob"))
+        path.write_bytes(b"a" * 199_999 + b"b")  # as long and as old as before
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+        return plan(prep, *arguments)
+
+    monkeypatch.setattr(build_module, "make_plan", change_then_plan)
+    with pytest.raises(DataError, match=r"long: changed at byte 0 since it was staged; start again with --overwrite"):
+        make(path, tmp_path / "out")
+    assert not (tmp_path / "out" / "train" / "train-000000.tar").exists()
+    monkeypatch.undo()
+    make(path, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out", "train") + contents(tmp_path / "out", "val") == [path.read_bytes()]
+
+
+def test_sums_that_do_not_add_up_are_an_error(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = build_module.make_plan
+
+    def wrong(*arguments: Any) -> Any:
+        made = plan(*arguments)
+        made.counts["found"] += 1
+        return made
+
+    monkeypatch.setattr(build_module, "make_plan", wrong)
+    with pytest.raises(DataError, match=r"out: counts: expected 97 found = 92 samples \+ 2 duplicates"):
+        make(sources, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_two_jobs_do_not_work_on_one_folder(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with build_module._locked(tmp_path / "out"):
+    with folder_lock(tmp_path / "out"):
         with pytest.raises(DataError, match="another mbtrain-prep works on it"):
             make(sources, tmp_path / "out")
     make(sources, tmp_path / "out")

@@ -58,6 +58,7 @@ def test_json_is_the_last_line_of_each_verb(notes: Path, tmp_path: Path, capsys:
             "duplicates": 1,
             "rejected": 1,
         }
+        assert figures["found"] == 22
         assert list(figures["splits"]) == ["train", "val"]
         assert sum(split["samples"] for split in figures["splits"].values()) == 20
     assert run("verify", out, "--json", "--workers=1") == 0
@@ -82,6 +83,8 @@ def test_options_reach_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture)
         "include": [],
         "exclude": [],
         "column": "text",
+        "match": "",
+        "reject": "",
     }
 
     (tmp_path / "x.jsonl").write_text('{"1e3": "number-like names stay names"}\n{"1e3": "x"}\n')
@@ -95,7 +98,7 @@ def test_options_reach_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture)
     ("args", "words"),
     [
         (["txt"], "txt: no such verb (did you mean text?)"),
-        (["image", "x", "--out=y"], "image: no such verb"),
+        (["video", "x", "--out=y"], "video: no such verb"),
         (["text"], "SRC: expected files or folders"),
         (["text", "{notes}"], "--out: expected a folder"),
         (["text", "{notes}", "--out"], "--out: has no value"),
@@ -108,6 +111,28 @@ def test_options_reach_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture)
         (["text", "{notes}", "--out={out}", "--", "--help=1"], "--: options are written --key=value"),
         (["text", "{notes}", "--out={out}", "--json=perhaps"], "--json: expected true or false, got 'perhaps'"),
         (["text", "{notes}", "--out={out}", "--workers=0"], "--workers: expected a number from 1"),
+        (["text", "{notes}", "--out={out}", "--part=2/2"], "--part: expected i/n with i from 0 to n-1"),
+        (["text", "{notes}", "--out={out}", "--part=1"], "--part: expected i/n with i from 0 to n-1"),
+        (["text", "{notes}", "--out={out}", "--part=0/2", "--strict"], "--strict: are about all parts"),
+        (["text", "{notes}", "--out={out}", "--max-reject=2"], "--max-reject: expected a share from 0 to 1"),
+        (["text", "{notes}", "--out={out}", "--max-reject=nan"], "--max-reject: expected a number"),
+        (["text", "{notes}", "--out={out}", "--max-reject=0.1", "--strict"], "expected one of them, got both"),
+        (["text", "{notes}", "--out={out}", "--engine=spark"], "--engine: expected one of local, ray"),
+        (["text", "{notes}", "--out={out}", "--near-dups=1"], "near_dups: expected a similarity"),
+        (["text", "{notes}", "--out={out}", "--match=("], "--match: expected a regular expression"),
+        (["text", "{notes}", "--out={out}", "--column="], "--column: expected a name"),
+        (["image", "{notes}", "--out={out}", "--split-bytes=5"], "--split-bytes: no such option"),
+        (["image", "{notes}", "--out={out}", "--size=0"], "--size: expected"),
+        (["image", "{notes}", "--out={out}", "--size=big"], "--size: expected"),
+        (["audio", "{notes}", "--out={out}", "--rate=fast"], "--rate: expected"),
+        (["audio", "{notes}", "--out={out}", "--segment=0"], "segment"),
+        (["audio", "{notes}", "--out={out}", "--encoding=mp3"], "encoding"),
+        (["merge"], "DIR: expected one folder of a data set, got 0"),
+        (["merge", "{notes}"], "notes: no part was read here"),
+        (["merge", "{out}"], "expected a folder made by mbtrain-prep"),
+        (["append", "{notes}"], "DIR SRC...: expected a data set and files"),
+        (["append", "{notes}", "{notes}"], "manifest.json: no manifest"),
+        (["append", "{notes}", "{notes}", "--column=x"], "--column: no such option"),
         (["text", "{notes}", "--out={out}", "--shard-bytes=big"], "--shard-bytes: expected a size"),
         (["text", "{notes}", "--out={out}", "--splits=train=0.5"], "--splits: expected fractions that sum to 1"),
         (["text", "{notes}", "--out={out}", "--splits=a=1", "--split-bytes=1"], "expected one of them, got both"),
@@ -183,12 +208,106 @@ def test_the_module_is_the_command_and_works_in_processes(notes: Path, tmp_path:
     assert failed.stderr.splitlines()[-1].startswith(f"mbtrain-prep: {out}: holds a finished data set with other")
 
 
-def test_every_help_text_names_every_option() -> None:
-    import inspect
+@pytest.mark.parametrize("verb", sorted(cli.PROGRAM.verbs))
+def test_every_help_text_names_every_option(verb: str, capsys: pytest.CaptureFixture) -> None:
+    assert run(verb, "x", "y", "--no-such=1") == 2
+    options = capsys.readouterr().err.partition("expected one of ")[2].split(", ")
+    assert "--json" in [option.strip() for option in options]
+    assert run(verb, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"mbtrain-prep {verb} ")
+    assert "{" not in shown.replace('{"', "")
+    for option in options:
+        assert option.strip() in shown
+    assert f"mbtrain-prep {verb} " in shown.partition("Example")[2]
+    assert max(map(len, shown.splitlines())) <= 120
+    assert run("--help") == 0
+    assert f"mbtrain-prep {verb} " in capsys.readouterr().out
 
-    for name, verb in cli.PROGRAM.verbs.items():
-        shown = inspect.getdoc(verb) or ""
-        assert shown.startswith(f"mbtrain-prep {name} ")
-        for parameter in inspect.signature(verb).parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                assert f"--{parameter.name.replace('_', '-')}" in shown
+
+def test_parts_merge_and_append(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, more = tmp_path / "out", tmp_path / "more"
+    for part in ("0/2", "1/2"):
+        assert run("text", notes, f"--out={out}", f"--part={part}", "--workers=1", "--json") == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["part"] == part
+    assert run("merge", out, "--part=0/1", "--workers=1", "--json") == 0
+    assert run("merge", out, "--workers=1", "--max-reject=0", "--json") == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["found"], figures["samples"]) == (22, 20)
+    assert run("text", notes, f"--out={tmp_path / 'one'}", "--workers=1") == 0
+    assert (out / "manifest.json").read_bytes() == (tmp_path / "one" / "manifest.json").read_bytes()
+    more.mkdir()
+    (more / "3.txt").write_text("note 3")
+    (more / "new.txt").write_text("note new")
+    assert run("append", out, more, "--workers=1", "--strict", "--json") == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["found"], figures["samples"], figures["duplicates"], figures["rejected"]) == (24, 21, 2, 1)
+
+
+def test_filters_are_counted_as_sound_but_unwanted(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--match=note", "--reject=[45]$", "--min-bytes=7", "--strict", "--json", "--workers=1"]
+    assert run("text", notes, f"--out={tmp_path / 'out'}", "--splits=train=1", *options) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # note 10 to note 19, less two; 0 to 9 and the copy are too short, and one is empty
+    assert (figures["found"], figures["samples"], figures["rejected"]) == (22, 8, 14)
+
+
+def test_a_dry_run_writes_nothing_and_is_about_right(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.txt").write_bytes(os.urandom(1000 + 50 * i))
+    (folder / "long.txt").write_bytes(os.urandom(300_000))
+    lines = "".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(60_000))
+    (folder / "records.jsonl").write_text(lines)
+    command = ["text", folder, f"--out={out}", "--splits=train=0.9,val=0.1", "--shard-bytes=4Mi", "--json"]
+    assert run(*command, "--dry-run") == 0
+    assert not out.exists()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run(*command, "--workers=1") == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["files"], told["out"]) == (42, "would be made")
+    assert told["disk_bytes"] < told["free_bytes"]
+    assert told["samples"] == pytest.approx(made["samples"], rel=0.25)
+    assert told["sample_bytes"] == pytest.approx(made["bytes"], rel=0.25)
+    assert told["splits"]["train"]["shards"] == pytest.approx(made["splits"]["train"]["shards"], rel=0.3)
+    assert run(*command, "--dry-run") == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["out"] == "holds a finished data set with the same options"
+    assert run("text", folder / "long.txt", f"--out={out}", "--split-bytes=200k,100k", "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["samples"], told["splits"]["val"]["samples"]) == (4 + 2, 2)
+    assert told["out"].startswith("holds a finished data set with other")
+
+
+def test_images_and_audio_go_the_same_way(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import wave
+
+    import numpy as np
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20 + i, 10), (i, 2, 3)).save(tmp_path / "in" / f"{i}.png")
+        with wave.open(str(tmp_path / "in" / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(np.arange(100 * i, 100 * i + 2000, dtype="<i2").tobytes())
+    (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "bad.wav").write_bytes(b"no sound")
+    for verb, more, samples, size in (
+        ("image", ["--size=4"], 3, 4 * 4 * 3),
+        ("audio", ["--rate=8000", "--segment=0.1"], 9, None),
+    ):
+        out = tmp_path / verb
+        command = [verb, tmp_path / "in", f"--out={out}", "--splits=train=1", "--workers=1", "--json", *more]
+        assert run(*command, "--dry-run") == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == samples
+        assert run(*command) == 0
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (figures["samples"], figures["rejected"], figures["found"]) == (samples, 1, samples + 1)
+        split = open_split(out, "train")
+        assert split.modality == verb
+        if size is not None:
+            assert split.lengths.tolist() == [size] * samples
+        assert run(*command, "--strict", "--overwrite") == 2
+        assert f"bad.{'png' if verb == 'image' else 'wav'}: " in capsys.readouterr().err.splitlines()[-1]

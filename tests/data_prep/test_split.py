@@ -4,6 +4,7 @@ pytest tests/data_prep/test_split.py
 """
 
 import hashlib
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -33,6 +34,12 @@ def test_hashes_that_differ_in_their_last_byte_only_are_not_equal() -> None:
     rows = np.zeros((3, 32), np.uint8)
     rows[1, 31] = 1
     assert first_occurrences(rows).tolist() == [True, True, False]
+
+
+@given(st.lists(st.sampled_from([bytes([0] * 8 + [i] * 24) for i in range(3)] + [bytes([1] * 32)]), max_size=20))
+def test_different_hashes_that_begin_alike_are_not_equal(rows: list[bytes]) -> None:
+    expected = [row not in rows[:i] for i, row in enumerate(rows)]
+    assert first_occurrences(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32)).tolist() == expected
 
 
 def test_shares_of_a_hash_split_are_met() -> None:
@@ -100,6 +107,19 @@ def test_splits_are_exact_fractions() -> None:
 def test_what_is_no_split_is_an_error_that_names_its_option(text: str) -> None:
     with pytest.raises(ConfigError, match="--splits: "):
         parse_splits("--splits", text)
+
+
+def test_a_recipe_is_read_back_exactly_from_a_manifest() -> None:
+    thirds = parse_splits("--splits", "a=1/3,b=0.1,c=17/30")
+    for recipe in (
+        Recipe(splits=thirds, shard_bytes=5, include=("*.py",), min_bytes=3, max_bytes=9, near_dups=0.5),
+        Recipe(splits=None, split_bytes=(("train", 5), ("val", 2)), sample_bytes=3, exclude=("a", "b/**")),
+    ):
+        value = json.loads(json.dumps({**recipe.as_json(), "column": "text"}))
+        assert Recipe.from_json(value) == recipe
+    assert Recipe(splits=thirds).as_json()["splits"] == {"a": "1/3", "b": 0.1, "c": "17/30"}
+    with pytest.raises(KeyError):
+        Recipe.from_json({})
 
 
 def test_a_recipe_is_checked() -> None:
