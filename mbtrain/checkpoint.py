@@ -39,6 +39,7 @@ class Progress:
     bytes            real bytes trained on (boundaries not counted)
     elapsed_s        time spent training, over all parts of the run
     optimizer_steps  updates that AdamW made
+    source_bytes     real bytes trained on of each source, in the configuration's order
     loss_scaler      fp16's dynamic scale; empty otherwise
     """
 
@@ -49,6 +50,7 @@ class Progress:
     optimizer_steps: int = 0
     dataset_hash: str = ""
     mlflow_run_id: str | None = None
+    source_bytes: list[int] = field(default_factory=list)
     loss_scaler: dict[str, float] = field(default_factory=dict)
 
 

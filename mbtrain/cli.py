@@ -80,7 +80,8 @@ def eval(
     Exact bits per byte of a whole split: sum of nats over all targets / ln 2 / real bytes. RUN is a run directory or
     a checkpoint in it. Rows of seq_len bytes begin without context (mode basic). --precision=P
     is as-trained (as the training's own validation computes), fp32, bf16 or autocast.
-    --json: last line on stdout: {"bpb", "nats", "bytes", "split", "step", "precision", "by_source"}
+    --json: last line on stdout: {"bpb", "nats", "bytes", "split", "step", "precision", "by_source"}; of images also
+    "bits_per_dimension", which is the same number
 
     Examples:
       mbtrain eval runs/quickstart
@@ -100,7 +101,8 @@ def eval(
         _one_run(run), split=split, data=data or None, batch=rows, limit_bytes=limit_bytes, precision=precision
     )
     part = f"{'first part of ' if limit else ''}{split}"
-    write(f"{part}: {figures['bpb']:.6f} bits per byte over {figures['bytes']} bytes (step {figures['step']})")
+    unit = "bits per byte" + (" (= bits per dimension)" if "bits_per_dimension" in figures else "")
+    write(f"{part}: {figures['bpb']:.6f} {unit} over {figures['bytes']} bytes (step {figures['step']})")
     for source, bpb in figures["by_source"].items() if len(figures["by_source"]) > 1 else ():
         write(f"  {source}: {bpb:.6f}")
     finish(figures, as_json)
@@ -110,39 +112,55 @@ def sample(
     *run: str,
     prompt: str = "",
     prompt_file: str = "",
-    bytes: str = "256",
+    prompt_bytes: str = "",
+    bytes: str = "",
+    count: str = "1",
+    source: str = "",
+    shape: str = "",
     temperature: str = "0.8",
     top_k: str = "",
     top_p: str = "",
     seed: str = "0",
     out: str = "",
+    raw: str = "",
     json: str = "",
     **unknown: str,
 ) -> None:
-    """mbtrain sample RUN [--prompt=TEXT | --prompt-file=F] [--bytes=256] [options]
+    """mbtrain sample RUN [--prompt=TEXT | --prompt-file=F] [--bytes=N] [--count=1] [options]
 
-    Continues a prompt byte by byte and writes prompt and continuation, as raw bytes, to a file. On the terminal, bytes
-    that are no UTF-8 are shown as \\xNN. It ends early where the model predicts the end of the document.
+    Makes bytes as the model predicts them, from nothing or after a prompt, and writes them as what they are: a text
+    (.txt, the raw bytes), a picture (.png) or a sound (.wav). On the terminal, bytes of a text that are no UTF-8 are
+    shown as \\xNN. A text ends early where the model predicts the end of the document.
 
+      --prompt-file=F    goes on with a text, a picture or a sound, read as data prep reads it
+      --prompt-bytes=N   so much of it is given: bytes, or a share as in 50%
+                         (all of a text, half of a picture, the first second of a sound)
+      --bytes=N          most bytes made of each            (256 of text, the rest of one picture, 2 s of sound)
+      --count=N          of pictures one grid, with the file's own first; of texts and sounds numbered files     (1)
+      --source=NAME      as which of the run's data sources they are shown                          (the first)
+      --shape=HxW        of pictures, where the run's differ      (that of the file; else the largest square of a row)
       --temperature=X    0: always the likeliest byte; 1: as the model says        (0.8)
       --top-k=N --top-p=X    keep the N likeliest; the likeliest that make up X    (all)
       --seed=N           another seed, another continuation                          (0)
       --out=FILE         where it is written                          (RUN/samples/...)
-      --json             last line on stdout: {"path", "bytes", "bytes_per_s"}
+      --raw=FILE         the bytes themselves as well, row after row, in the order in which the model reads them
+      --json             last line on stdout: {"path", "bytes", "bytes_per_s"}, and "paths" where there are several
 
     Examples:
       mbtrain sample runs/quickstart --prompt="def "
       mbtrain sample runs/quickstart --prompt-file=setup.py --bytes=1000 --temperature=1 --top-p=0.9 --out=more.py
+      mbtrain sample runs/pictures --count=16 --out=grid.png
+      mbtrain sample runs/pictures --prompt-file=cat.jpg --prompt-bytes=50% --count=4
+      mbtrain sample runs/speech --prompt-file=hello.flac --prompt-bytes=32000 --bytes=64000
     """
     no_unknown(sample, unknown)
     if prompt and prompt_file:
         raise ConfigError("--prompt, --prompt-file: expected one of them, got both")
     as_json = flag("--json", json)
-    count = number("--bytes", bytes, int, 1)
-    try:
-        start = Path(prompt_file).read_bytes() if prompt_file else prompt.encode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise ConfigError(f"--prompt-file={prompt_file}: cannot be read ({error.strerror})") from error
+    wanted = {
+        "n_bytes": number("--bytes", bytes, int, 1) if bytes else None,
+        "count": number("--count", count, int, 1),
+    }
     limits = {
         "temperature": number("--temperature", temperature, float, 0),
         "top_k": number("--top-k", top_k, int, 1) if top_k else None,
@@ -151,20 +169,27 @@ def sample(
     }
 
     from mbtrain import sample as sampling
+    from mbtrain.request import Asked
 
-    written = sampling.sample_run(_one_run(run), start, count, sampling.Sampling(**limits), out or None)
-    write(sampling.as_text(written.prompt + written.continuation))
-    sys.stderr.write(f"{len(written.continuation)} bytes at {written.bytes_per_s:.0f} bytes/s -> {written.path}\n")
-    figures = {"path": written.path, "bytes": len(written.continuation), "bytes_per_s": written.bytes_per_s}
+    start = prompt.encode("utf-8", "surrogateescape")
+    asked = Asked(start, prompt_file, prompt_bytes, **wanted, source=source, shape=shape)
+    made = sampling.sample_run(_one_run(run), asked, sampling.Sampling(**limits), out or None, raw or None)
+    for line in sampling.lines_of(made):
+        write(line)
+    sys.stderr.write(sampling.headline(made) + "\n")
+    figures = {"path": made.paths[0], "bytes": made.n_bytes, "bytes_per_s": made.bytes_per_s}
+    if len(made.paths) > 1:
+        figures["paths"] = [str(path) for path in made.paths]
     finish(figures, as_json)
 
 
 def summary(*run: str, prompt: str = "", json: str = "", **unknown: str) -> None:
     """mbtrain summary RUN [--prompt=TEXT] [--json]
 
-    What came of a run: validation bits per byte beside gzip -9 and xz -9e on the same bytes, bytes per second, where
-    the run and its MLflow store are, and a sample that continues the prompt.
-    --json: last line on stdout: {"step", "bpb", "bytes", "gzip_bpb", "xz_bpb", "bytes_per_s"}
+    What came of a run: validation bits per byte beside lossless compressors on the same bytes (gzip -9 and xz -9e; of
+    images PNG and WebP, of 16-bit audio FLAC), bytes per second, where the run and its MLflow store are, and a sample
+    that continues the prompt.
+    --json: last line on stdout: {"step", "bpb", "bytes", "gzip_bpb", "xz_bpb", "bytes_per_s", "sources"}
     """
     no_unknown(summary, unknown)
     as_json = flag("--json", json)
@@ -240,7 +265,7 @@ def flops(*config: str, json: str = "", **overrides: str) -> None:
 
 
 def bench(*what: str, json: str = "", **options: str) -> None:
-    """mbtrain bench train|quality|generate|deepspeed [--config=FILE] [--peer=PYTHON] [options] [--json]
+    """mbtrain bench train|quality|generate|deepspeed|data [--config=FILE] [--peer=PYTHON] [options] [--json]
 
     Measures against MEGABYTE-pytorch 0.3.6 in an environment of its own (launch/peer.sh makes it and prints PYTHON).
 
@@ -248,6 +273,11 @@ def bench(*what: str, json: str = "", **options: str) -> None:
       quality    bits per byte after equal minutes, the peer by its own script's recipe
       generate   bytes/s of one sequence of 1,024 bytes
       deepspeed  a step under DeepSpeed ZeRO-1 against the same step in a bare torch loop
+      data       data prep, loading and opening, against Pillow, webdataset's reader and the raw read of the same files
+                 --parts=text,images,loading,opening,memory,training   some of these                      (all)
+                 --text=DIR --images=DIR   prepare what is there                    (texts and pictures it makes)
+                 --out=DIR   where a temporary folder is made, 3 GB                         (where TMPDIR says)
+                 --quick     everything once and tiny: does it run
     """
     as_json = flag("--json", json)
     from mbtrain.bench import VERBS
@@ -300,8 +330,8 @@ _HELP = """mbtrain: train multiscale byte models on raw bytes
 
   mbtrain train CONFIG           train; alone or under deepspeed, torchrun, srun
   mbtrain eval RUN               exact bits per byte of a split
-  mbtrain sample RUN             continue a prompt
-  mbtrain summary RUN            its score beside gzip and xz, speed, where things are
+  mbtrain sample RUN             make text, pictures or sound, from nothing or after a prompt
+  mbtrain summary RUN            its score beside compressors, speed, where things are
   mbtrain export RUN --out=DIR   safetensors and configuration, loadable in three lines
   mbtrain flops CONFIG           parameters and operations by stage
   mbtrain bench WHAT             measure against MEGABYTE-pytorch and against a bare loop
@@ -325,7 +355,7 @@ PROGRAM = Program(
         "sync": sync,
         "ui": ui,
     },
-    flags=("json", "resume"),
+    flags=("json", "resume", "quick"),
     help=_HELP,
 )
 

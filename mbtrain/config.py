@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ from mbtrain.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class _Section(BaseModel):
@@ -138,11 +140,15 @@ PRESETS = {"paper": _PAPER, "modern": _MODERN}
 class ModelConfig(_Section):
     """The model: stages from coarse to fine, and what the paper leaves open as named choices.
 
-    preset           paper | modern: fills every key below that is not given
-    positions        of the coarsest stage: learned (a table of seq_len rows, per byte: eq. 1), rotary, none
-    local_positions  of the finer stages: learned (one row per slot in the patch), rotary, none
-    tied             logits by the last stage's byte embedding (eq. 6), or by a matrix of their own
-    final_norm       a norm after the last block of each stage, as pre-norm models have
+    preset             paper | modern: fills every key below that is not given
+    positions          of the coarsest stage: learned (a table of seq_len rows, per byte: eq. 1), rotary, none
+    local_positions    of the finer stages: learned (one row per slot in the patch), rotary, none
+    tied               logits by the last stage's byte embedding (eq. 6), or by a matrix of their own
+    final_norm         a norm after the last block of each stage, as pre-norm models have
+    isolate_documents  packed documents do not see each other: the coarsest stage attends within one document, whose
+                       first patch follows the pad, and learned positions count from its start. Documents then begin
+                       at patches: after a boundary the patch is filled up, unscored. Fits both presets; needs
+                       data.boundary. false: a document sees those before it in its row
     """
 
     kind: Literal["megabyte"] = "megabyte"
@@ -152,6 +158,7 @@ class ModelConfig(_Section):
     local_positions: Literal["learned", "rotary", "none"]
     tied: bool
     final_norm: bool
+    isolate_documents: bool = False
     block: BlockConfig
     init: InitConfig
 
@@ -193,22 +200,81 @@ class ModelConfig(_Section):
         return self.positions if stage == 0 else self.local_positions
 
 
-class DataConfig(_Section):
-    """Where bytes come from and how rows are cut.
+class SourceConfig(_Section):
+    """One data set of a mixture.
 
-    path       a directory made by mbtrain-prep
-    seq_len    T, bytes (and boundaries) in a row; a multiple of the coarsest patch_size
-    boundary   put id 256 after every document; false for pieces of one long file
-    check      what is compared with the manifest before training: size, full: every file's hash too, or auto: full
-               up to 16 GiB a split
+    path      a directory made by mbtrain-prep
+    name      in metrics and messages; None: the directory's name
+    weight    its share of the bytes that are trained on, relative to the other sources' weights; None: by its size,
+              see data.temperature
+    epochs    it is read at most so often, then the others share its part; None: without end
+    schedule  [[bytes, weight], ...] instead of weight: the weight that holds from so many bytes of training on
     """
 
     path: str
+    name: SourceName | None = None
+    weight: Annotated[float, Field(ge=0)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_way_to_weigh(self) -> SourceConfig:
+        starts = [start for start, _ in self.schedule]
+        if self.schedule and (self.weight is not None or starts[0] != 0 or starts != sorted(set(starts))):
+            _fail(
+                f"data.sources, {self.path}: schedule",
+                list(self.schedule),
+                "[[0, weight], [bytes, weight], ...] with rising bytes, and no weight beside it",
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(self.path).resolve().name).strip("._-") or "data"
+
+
+class DataConfig(_Section):
+    """Where bytes come from and how rows are cut.
+
+    path         a directory made by mbtrain-prep; or, for a mixture of several:
+    sources      a list of {path, weight, ...}, see SourceConfig
+    temperature  of sources without a weight: they weigh bytes ** (1 / temperature). 1: as large as they are; higher:
+                 small ones more
+    seq_len      T, bytes (and boundaries) in a row; a multiple of the coarsest patch_size
+    rows         packed: samples one after the other, cut every T; aligned: the same, each sample beginning at a patch
+                 (as model.isolate_documents needs); sample: one sample a row, a longer one in several rows, what is
+                 left of a row masked; auto: sample for images and audio, for text packed (aligned where needed)
+    scan         order of an image's pixels in a row: patch (p x p x 3 blocks, p = sqrt(P / 3), stage in stage), raster
+    boundary     put id 256 after every document of text; false for pieces of one long file, for images and for audio
+    check        what is compared with the manifest before training: size, full: every file's hash too, or auto: full
+                 up to 16 GiB a split
+    """
+
+    path: str | None = None
+    sources: tuple[SourceConfig, ...] = ()
+    temperature: Annotated[float, Field(gt=0)] = 1.0
     seq_len: Positive = 1024
+    rows: Literal["auto", "packed", "aligned", "sample"] = "auto"
+    scan: Literal["patch", "raster"] = "patch"
     boundary: bool = True
     train_split: str = "train"
     val_split: str = "val"
     check: Literal["auto", "size", "full"] = "auto"
+
+    @model_validator(mode="after")
+    def _some_data(self) -> DataConfig:
+        if (self.path is None) == (not self.sources):
+            got = "both" if self.sources else "neither"
+            _fail("data.path, data.sources", got, "one of them: a directory made by mbtrain-prep, or a list of sources")
+        labels = [source.label for source in self.mixture]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            _fail("data.sources", f"two named {twice[0]!r}", "names that differ; give each a name")
+        return self
+
+    @property
+    def mixture(self) -> tuple[SourceConfig, ...]:
+        """The sources; a single path is a mixture of one."""
+        return self.sources or (SourceConfig(path=self.path or ""),)
 
 
 class TrainConfig(_Section):
@@ -294,13 +360,32 @@ class CheckpointConfig(_Section):
 
 
 class SampleConfig(_Section):
-    """Samples written (and sent to MLflow) while training and at the end."""
+    """Samples written (and sent to MLflow) while training and at the end: .txt, .png and .wav.
+
+    source        as which of the data sources; None: the first one of each modality
+    prompt        a text that is continued
+    prompt_file   a file that is continued: a text, a picture or a sound
+    prompt_bytes  so much of it is given: a number of its canonical bytes or a share, as in 50%; None: all of a text,
+                  half of an image, the first second of audio
+    bytes         most bytes of each; None: 256 of text, the rest of one image, 2 seconds of audio
+    count         None: 1 of text, 4 of images (one grid), 1 of audio
+    """
 
     every_steps: Positive | None = None
+    source: str | None = None
     prompt: str = ""
-    bytes: Positive = 256
+    prompt_file: str | None = None
+    prompt_bytes: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%?$", coerce_numbers_to_str=True)] | None = None
+    bytes: Positive | None = None
+    count: Positive | None = None
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> SampleConfig:
+        if self.prompt and self.prompt_file:
+            _fail("sample.prompt_file", self.prompt_file, "nothing beside sample.prompt")
+        return self
 
 
 class LogConfig(_Section):
@@ -330,6 +415,8 @@ class Config(_Section):
         coarsest = self.model.stages[0].patch_size
         if self.data.seq_len % coarsest:
             _fail("data.seq_len", self.data.seq_len, f"a multiple of model.stages.0.patch_size = {coarsest}")
+        if self.model.isolate_documents and not self.data.boundary:
+            _fail("model.isolate_documents", True, "false where data.boundary is false: no id says where documents end")
         micro = self.train.micro_batch_size
         if micro is not None and self.train.global_batch_size % micro:
             allowed = f"a divisor of train.global_batch_size = {self.train.global_batch_size}"
@@ -339,6 +426,11 @@ class Config(_Section):
     @property
     def vocab_size(self) -> int:
         return vocab.vocab_size(self.data.boundary)
+
+
+def source_paths(config: Config) -> list[tuple[str, str]]:
+    """(name, path) of each data set that a run reads."""
+    return [(source.label, source.path) for source in config.data.mixture]
 
 
 def batch_shape(config: Config, world_size: int) -> tuple[int, int]:
@@ -463,13 +555,17 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where}: got {problem['input']!r}, expected {expected}"
 
 
+# What the items of these lists are.
+_OF_LISTS: dict[int | str, type[_Section]] = {"stages": StageConfig, "sources": SourceConfig}
+
+
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     section: Any = Config
     for part in loc[:-1]:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
-        section = StageConfig if part == "stages" else (field.annotation if field else None)
+        section = _OF_LISTS.get(part, field.annotation if field else None)
         if section is None:
             return []
     return list(section.model_fields)

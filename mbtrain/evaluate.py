@@ -7,7 +7,7 @@ every row is scored once, rows do not see one another, and nothing is averaged b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mbtrain import checkpoint, config, vocab
 from mbtrain.config import Config
-from mbtrain.data.rows import Stream, evaluation_batch, evaluation_rows
+from mbtrain.data.opening import Opened, open_sources
+from mbtrain.data.rows import evaluation_batch, evaluation_rows
 from mbtrain.errors import CheckpointError, DataError
 from mbtrain.model import Model, build
 from mbtrain.model.loss import nats
-from mbtrain.shards import Split, open_split
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class Score:
 
 def score(
     logits_of: Callable[[Tensor], Tensor],
-    split: Split,
+    sources: Sequence[Opened],
     *,
-    boundary: bool,
     seq_len: int,
     batch: int,
     device: torch.device,
@@ -61,36 +60,41 @@ def score(
     reduce: Callable[[list[float]], list[float]] = lambda sums: sums,
     limit_bytes: int | None = None,
 ) -> Score:
-    """Score a split in rows of seq_len that begin without context (the paper's basic evaluation).
+    """Score one split of each source in rows of seq_len that begin without context (the paper's basic evaluation).
 
     logits_of: ids (batch, seq_len) -> logits; called equally often on every rank, as ZeRO-3 needs.
-    reduce sums a list over ranks. limit_bytes scores only the first rows. Raises DataError when nothing is scored;
-    also, on the rank that could not read its part, after the others have been kept company to the end.
+    reduce sums a list over ranks. limit_bytes scores only the first rows, of each source its share of them. By source
+    means: of the mixture where there are several, else of what mbtrain-prep was given.
+    Raises DataError when nothing is scored; also, on the rank that could not read its part, after the others have been
+    kept company to the end.
     """
-    stream = Stream(split, boundary=boundary, seed=None)
-    rows = evaluation_rows(stream, seq_len, limit_bytes)
-    sources = split.source_names
-    sums = np.zeros((2, len(sources)), np.float64)  # nats; real bytes (exact below 2**53)
+    names = [source.name for source in sources] if len(sources) > 1 else sources[0].split.source_names
+    sums = np.zeros((2, len(names)), np.float64)  # nats; real bytes (exact below 2**53)
     unread: DataError | None = None
+    ids_in_all = sum(source.stream.ids_per_epoch for source in sources)
     with torch.inference_mode():
-        for first in range(0, rows, batch * ranks):
-            mine = list(range(first + rank * batch, min(first + (rank + 1) * batch, rows)))
-            try:
-                ids, mask = evaluation_batch(stream, seq_len, mine, batch)
-            except DataError as error:  # raised at the end: until then this rank keeps in step
-                unread, mine = error, []
-                ids, mask = evaluation_batch(stream, seq_len, mine, batch)
-            tensor = torch.from_numpy(ids).to(device)
-            lost = nats(logits_of(tensor), tensor).double().cpu().numpy()[mask]
-            of = np.concatenate([stream.sources(row * seq_len, seq_len) for row in mine]) if mine else np.zeros(0, int)
-            sums[0] += np.bincount(of, weights=lost, minlength=len(sources))
-            sums[1] += np.bincount(of[ids[mask] != vocab.BOUNDARY], minlength=len(sources))
+        for number, source in enumerate(sources):
+            stream = source.stream
+            limit = None if limit_bytes is None else math.ceil(limit_bytes * stream.ids_per_epoch / ids_in_all)
+            rows = evaluation_rows(stream, seq_len, limit)
+            for first in range(0, rows, batch * ranks):
+                mine = list(range(first + rank * batch, min(first + (rank + 1) * batch, rows)))
+                try:
+                    ids, mask, of = evaluation_batch(stream, seq_len, mine, batch)
+                except DataError as error:  # raised at the end: until then this rank keeps in step
+                    unread = error
+                    ids, mask, of = evaluation_batch(stream, seq_len, [], batch)
+                tensor = torch.from_numpy(ids).to(device).long()
+                lost = nats(logits_of(tensor), tensor).double().cpu().numpy()[mask]
+                of = np.full(len(lost), number) if len(sources) > 1 else of[mask]
+                sums[0] += np.bincount(of, weights=lost, minlength=len(names))
+                sums[1] += np.bincount(of[ids[mask] != vocab.BOUNDARY], minlength=len(names))
     sums = np.array(reduce(sums.ravel().tolist())).reshape(2, -1)
     if unread is not None:
         raise unread
     if sums[1].sum() == 0:
         raise DataError("evaluation: no bytes in this split; prepare it with a larger share of the data")
-    by_source = {name: (float(sums[0, i]), int(sums[1, i])) for i, name in enumerate(sources) if sums[1, i]}
+    by_source = {name: (float(sums[0, i]), int(sums[1, i])) for i, name in enumerate(names) if sums[1, i]}
     return Score(float(sums[0].sum()), int(sums[1].sum()), by_source)
 
 
@@ -136,10 +140,13 @@ def evaluate_run(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
             return model(ids)
 
+    if data is not None:
+        elsewhere = settings.data.model_copy(update={"path": data, "sources": ()})
+        settings = settings.model_copy(update={"data": elsewhere})
+    sources = open_sources(settings, split, seed=None)
     result = score(
         logits_of,
-        open_split(data or settings.data.path, split),
-        boundary=settings.data.boundary,
+        sources,
         seq_len=settings.data.seq_len,
         batch=batch,
         device=device,
@@ -153,4 +160,6 @@ def evaluate_run(
         "step": found.progress.step,
         "precision": precision,
         "by_source": {name: n / math.log(2) / b for name, (n, b) in result.by_source.items()},
+        # The same number by the name it has for images: a dimension is a byte.
+        **({"bits_per_dimension": result.bpb} if all(s.split.modality == "image" for s in sources) else {}),
     }

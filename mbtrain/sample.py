@@ -1,4 +1,4 @@
-"""Generation: continue prompts byte by byte, exactly as the model distributes them.
+"""Generation: continue prompts byte by byte, exactly as the model distributes them, and write what comes as what it is.
 
 Each row draws from its own stream of random numbers, a function of (seed, row): a row's bytes do not depend on which
 rows are generated beside it.
@@ -7,7 +7,7 @@ rows are generated beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbtrain import checkpoint, vocab
+from mbtrain import checkpoint, render, vocab
 from mbtrain.evaluate import load_model
 from mbtrain.model import Model
 from mbtrain.model.decode import Decoder
+from mbtrain.request import Asked, Plan, chosen, plan, read_prompt
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Written:
-    """A sample on disk: prompt and continuation as raw bytes, bytes generated and the rate."""
+    """Samples on disk: what was planned, the files, the continuations as raw bytes and the rate over all of them."""
 
-    path: Path
-    prompt: bytes
-    continuation: bytes
+    plan: Plan
+    paths: list[Path]
+    continuations: list[bytes]
     bytes_per_s: float
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes made, in all."""
+        return sum(map(len, self.continuations))
 
 
 def probabilities(logits: Tensor, how: Sampling) -> Tensor:
@@ -71,17 +77,22 @@ def choose(logits: Tensor, uniform: Tensor, how: Sampling) -> Tensor:
     return torch.searchsorted(total, uniform * total[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-def generate(model: Model, prompts: Sequence[bytes], n_bytes: int, how: Sampling) -> list[bytes]:
+def generate(
+    model: Model, prompts: Sequence[bytes], n_bytes: int, how: Sampling, *, documents: bool = True, ends: bool = True
+) -> list[bytes]:
     """Continue each prompt by up to n_bytes; a row ends early where the model predicts the document boundary.
 
     Where the model knows boundaries, a prompt is the beginning of a document. Prompts may differ in length: all rows
-    advance together and the longer prompts' own bytes are fed where they have some.
+    advance together and the longer prompts' own bytes are fed where they have some. documents=False: no boundary stands
+    before a prompt. ends=False: the boundary is impossible, so that each row gets n_bytes.
     """
     if not prompts or n_bytes == 0:
         return [b"" for _ in prompts]
     device = next(model.parameters()).device
     knows_boundary = model.vocab_size > vocab.NUM_BYTES
-    given = [([vocab.BOUNDARY] if knows_boundary else []) + list(prompt) for prompt in prompts]
+    # Where documents are kept apart, one has nothing before it, not even the boundary that ended another.
+    begin = [vocab.BOUNDARY] if knows_boundary and documents and not model.config.isolate_documents else []
+    given = [begin + list(prompt) for prompt in prompts]
     row, patch = model.seq_len, model.patch_size
     # A prompt that fills a row is cut to what the decoder would keep of it, whatever stands beside it in the batch.
     given = [ids if len(ids) < row else ids[len(ids) - row // 2 // patch * patch :] for ids in given]
@@ -104,7 +115,9 @@ def generate(model: Model, prompts: Sequence[bytes], n_bytes: int, how: Sampling
         torch.tensor([ids[:shortest] for ids in given], dtype=torch.int64, device=device).view(len(given), -1)
     )
     ragged = longest > shortest
+    possible = model.vocab_size if ends else vocab.NUM_BYTES
     for step in range(longest - shortest + n_bytes):
+        logits = logits[:, :possible]
         if ragged:
             made = torch.tensor([[min(len(row), n_bytes - 1)] for row in out], device=device)
             chosen = choose(logits, uniforms.gather(1, made), how)
@@ -125,21 +138,68 @@ def generate(model: Model, prompts: Sequence[bytes], n_bytes: int, how: Sampling
     return [bytes(row) for row in out]
 
 
-def sample_run(path: str | Path, prompt: bytes, n_bytes: int, how: Sampling, out: str | Path | None = None) -> Written:
-    """Sample from a run's newest whole checkpoint and write prompt and continuation, as raw bytes, to a file.
+def make(model: Model, planned: Plan, how: Sampling) -> list[bytes]:
+    """The planned continuations."""
+    prompts = [planned.prompt] * planned.count
+    return generate(model, prompts, planned.n_bytes, how, documents=planned.documents, ends=planned.ends)
 
-    The default file is RUN/samples/step_<step>_seed_<seed>.txt.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _, found, run = load_model(path, device)
-    start = time.perf_counter()
-    continuation = generate(model, [prompt], n_bytes, how)[0]
-    rate = len(continuation) / (time.perf_counter() - start)
-    default = run / "samples" / f"{checkpoint.name_of(found.progress.step)}_seed_{how.seed}.txt"
-    target = Path(out) if out is not None else default
+
+def write(planned: Plan, continuations: Sequence[bytes], target: Path) -> list[Path]:
+    """Write what was made, as what it is, to `target`; several texts or sounds to numbered files in its place."""
+    contents = render.files(planned.form, planned.prompt, continuations, planned.original)
+    digits = len(str(len(contents) - 1))
+    paths = [target]
+    if len(contents) > 1:
+        paths = [target.with_name(f"{target.stem}_{i:0{digits}}{target.suffix}") for i in range(len(contents))]
     target.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(target, prompt + continuation)
-    return Written(target, prompt, continuation, rate)
+    for path, content in zip(paths, contents, strict=True):
+        checkpoint.write_atomically(path, content)
+    return paths
+
+
+def sample_run(
+    path: str | Path, asked: Asked, how: Sampling, out: str | Path | None = None, raw: str | Path | None = None
+) -> Written:
+    """Sample from a run's newest whole checkpoint (the first source, unless told otherwise) and write what comes.
+
+    The default file is RUN/samples/step_<step>_seed_<seed>.txt, .png or .wav. raw: a file for the bytes as they are,
+    prompt and continuation of each row, in the model's order. Raises ConfigError, CheckpointError.
+    """
+    read_prompt(asked)  # a slip of the pen is said before anything is loaded
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, settings, found, run = load_model(path, device)
+    forms = chosen(run, settings, asked)
+    texts = [form for form in forms if form.modality == "text"] if asked.prompt else []
+    planned = plan((texts or forms)[0], settings, asked)
+    start = time.perf_counter()
+    continuations = make(model, planned, how)
+    seconds = time.perf_counter() - start
+    name = f"{checkpoint.name_of(found.progress.step)}_seed_{how.seed}{planned.form.suffix}"
+    paths = write(planned, continuations, Path(out) if out is not None else run / "samples" / name)
+    if raw is not None:
+        Path(raw).parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(Path(raw), b"".join(planned.prompt + row for row in continuations))
+    return Written(planned, paths, continuations, sum(map(len, continuations)) / seconds)
+
+
+def lines_of(made: Written) -> Iterator[str]:
+    """Texts as a terminal shows them; nothing of pictures and sounds, which are files to be opened."""
+    for i, row in enumerate(made.continuations if made.plan.form.modality == "text" else ()):
+        if len(made.paths) > 1:
+            yield f"--- {made.paths[i]}"
+        yield as_text(made.plan.prompt + row)
+
+
+def headline(made: Written) -> str:
+    """How many bytes, how fast, where they are, and what a picture shows that nobody made."""
+    first, *others = made.paths
+    where = f"{first} .. {others[-1].name}" if others else f"{first}"
+    said = f"{made.n_bytes} bytes at {made.bytes_per_s:.0f} bytes/s -> {where}"
+    if made.plan.assumed:
+        said += f" (taken for {render.hxw(made.plan.form)} pixels; --shape=HxW says otherwise)"
+    if made.plan.missing_bytes:
+        said += f" (grey: {made.plan.missing_bytes} bytes of {made.plan.form.picture_bytes} are missing)"
+    return said
 
 
 def as_text(content: bytes) -> str:

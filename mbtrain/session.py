@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, tracking
+from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, request, tracking
 from mbtrain import sample as sampling
 from mbtrain.checkpoint import Checkpoint, Progress
 from mbtrain.config import Config
+from mbtrain.data.mixture import Mixture, mixture
+from mbtrain.data.opening import Opened, data_hash, described, open_sources
 from mbtrain.engine import Engine, Ranks, from_rank_0, gathered, start, stop, total
 from mbtrain.errors import CheckpointError, ConfigError, MbtrainError
 from mbtrain.model import build
 from mbtrain.model.flops import count
-from mbtrain.shards import Split, dataset_hash, load_manifest, open_split
-
-FULL_CHECK_BYTES = 16 << 30  # data.check auto: larger splits are compared by file sizes alone
+from mbtrain.shards import load_manifest
 
 # To the line's start, and erase it.
 _CLEAR = "\r\x1b[K"
@@ -61,8 +61,8 @@ class Session:
     run: Path
     ranks: Ranks
     engine: Engine
-    train_split: Split
-    val_split: Split
+    mixture: Mixture
+    val_sources: list[Opened]
     progress: Progress
     peak_flops: float | None
     stopping: list[int]
@@ -72,13 +72,14 @@ class Session:
 
 
 class Window:
-    """Sums since the last report: nats, ids, waiting; and where the run stood then."""
+    """Sums since the last report: nats, targets (ids that count), ids, waiting; and where the run stood then."""
 
     def __init__(self, since: Progress):
-        self.since, self.nats, self.ids, self.waited_s = since, 0.0, 0, 0.0
+        self.since, self.nats, self.targets, self.ids, self.waited_s = since, 0.0, 0, 0, 0.0
 
-    def add(self, nats: float, ids: int) -> None:
+    def add(self, nats: float, targets: int, ids: int) -> None:
         self.nats += nats
+        self.targets += targets
         self.ids += ids
 
 
@@ -90,10 +91,10 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
     ours = False
     try:
         with _signals_noted(stopping), ExitStack() as held:
-            splits = on_all_ranks(lambda: _checked_splits(settings, ranks))
+            sources = on_all_ranks(lambda: _open_sources(settings, ranks))
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, held), ranks)
             ours = True
-            yield _begin(settings, run, ranks, splits, found, stopping)
+            yield _begin(settings, run, ranks, sources, found, stopping)
     except BaseException as error:
         if ranks.rank == 0 and ours:
             _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
@@ -115,7 +116,7 @@ def report(
     real_bytes = progress.bytes - since.bytes
     row_ids = settings.train.global_batch_size * settings.data.seq_len
     values = {
-        "train/loss_nats": window.nats / window.ids,
+        "train/loss_nats": window.nats / window.targets,
         "train/bpb": bits_per_byte(window.nats, real_bytes),
         "optim/lr": settings.optim.lr * lr_factor,
         "optim/grad_norm": grad_norm,
@@ -126,8 +127,9 @@ def report(
         "mem/peak_bytes": memory,
         "progress/bytes": progress.bytes,
         "progress/flops": progress.step * row_ids * flops,
-        "progress/epoch": progress.position / _epoch_ids(now),
+        "progress/epoch": progress.position / sum(source.stream.ids_per_epoch for source in now.mixture.sources),
         "progress/minutes": progress.elapsed_s / 60,
+        **_realised_mix(now, progress),
     }
     mfu = None if now.peak_flops is None else window.ids * flops / seconds / (now.peak_flops * now.ranks.ranks)
     if mfu is not None:
@@ -151,8 +153,7 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
         score: evaluate.Score = on_all_ranks(
             lambda: evaluate.score(
                 now.engine,
-                now.val_split,
-                boundary=now.settings.data.boundary,
+                now.val_sources,
                 seq_len=now.settings.data.seq_len,
                 batch=now.settings.eval.batch_size or now.engine.micro,
                 device=now.ranks.device,
@@ -169,7 +170,9 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
             record(now, progress.step, {**score.metrics(key), **where})
             part = "whole split" if limit_bytes is None else "first part"
             took = _duration(time.perf_counter() - began)
-            say(now.run, f"step {progress.step} · {key} {score.bpb:.4f} · {part}, {_size(score.bytes)} · took {took}")
+            images = all(source.split.modality == "image" for source in now.val_sources)
+            bpb = f"{score.bpb:.4f}{' (= bits per dimension)' if images else ''}"
+            say(now.run, f"step {progress.step} · {key} {bpb} · {part}, {_size(score.bytes)} · took {took}")
         return score.bpb
 
 
@@ -189,21 +192,29 @@ def final_score(now: Session, progress: Progress) -> float:
 
 
 def sample(now: Session, progress: Progress) -> None:
-    """Write samples/step_<step>.txt from whole fp32 weights, on rank 0. Collective: the weights are gathered."""
+    """Write samples/step_<step>.txt, .png or .wav from whole fp32 weights, on rank 0. Collective: weights are gathered.
+
+    A prompt file that is gone meanwhile or a full disk is said, and the run goes on.
+    """
     with now.clock.resting():
         weights = dict(now.engine.weights())
         if now.ranks.rank == 0:
-            how = now.settings.sample
-            model = build(now.settings)
-            model.load_state_dict(weights)
-            choice = sampling.Sampling(how.temperature, top_p=how.top_p, seed=now.settings.train.seed)
-            prompt = how.prompt.encode()
-            continuation = sampling.generate(model.to(now.ranks.device), [prompt], how.bytes, choice)[0]
-            folder = now.run / "samples"
-            folder.mkdir(exist_ok=True)
-            content = prompt + continuation
-            checkpoint.write_atomically(folder / f"{checkpoint.name_of(progress.step)}.txt", content)
+            try:
+                _write_samples(now, weights, progress.step)
+            except (OSError, ConfigError) as error:
+                say(now.run, f"step {progress.step} · NOT sampled: {error}")
         from_rank_0(None)  # the others wait
+
+
+def _write_samples(now: Session, weights: dict[str, Tensor], step: int) -> None:
+    settings, how = now.settings, now.settings.sample
+    model = build(settings)
+    model.load_state_dict(weights)
+    model = model.to(now.ranks.device)
+    choice = sampling.Sampling(how.temperature, top_p=how.top_p, seed=settings.train.seed)
+    for plan in request.plans(now.run, settings, request.asked_in(how)):
+        target = now.run / "samples" / f"{checkpoint.name_of(step)}{plan.form.suffix}"
+        sampling.write(plan, sampling.make(model, plan, choice), target)
 
 
 def save(now: Session, progress: Progress) -> bool:
@@ -332,26 +343,17 @@ def _attempt(make: Callable[[], str], ranks: Ranks) -> tuple[str, str | None]:
         return "", str(error)
 
 
-def _checked_splits(settings: Config, ranks: Ranks) -> tuple[Split, Split]:
+def _open_sources(settings: Config, ranks: Ranks) -> tuple[list[Opened], list[Opened]]:
+    """Training and validation sources. Every host reads the shards in full once; its other ranks look at sizes."""
     data = settings.data
-    manifest = load_manifest(data.path)
     for key, name in (("data.train_split", data.train_split), ("data.val_split", data.val_split)):
-        if name not in manifest.splits:
-            raise ConfigError(f"{key}: got {name!r}, expected one of {', '.join(manifest.splits)} in {data.path}")
-    if manifest.documents == "pieces" and data.boundary:
-        raise ConfigError(
-            f"data.boundary: got true, expected false: {data.path} holds pieces of one long file, which end nowhere"
-        )
-
-    def opened(name: str) -> Split:
-        check = data.check
-        if check == "auto":
-            check = "full" if manifest.splits[name].bytes <= FULL_CHECK_BYTES else "size"
-        # Every host reads the shards in full once; its other ranks only look at sizes.
-        return open_split(data.path, name, check if ranks.local_rank == 0 else "size")
-
-    train = opened(data.train_split)
-    return train, train if data.val_split == data.train_split else opened(data.val_split)
+        for _, path in config.source_paths(settings):
+            if name not in (known := load_manifest(path).splits):
+                raise ConfigError(f"{key}: got {name!r}, expected one of {', '.join(known)} in {path}")
+    check = data.check if ranks.local_rank == 0 else "size"
+    train = open_sources(settings, data.train_split, seed=settings.train.seed, check=check)
+    again = "size" if data.val_split == data.train_split else check
+    return train, open_sources(settings, data.val_split, seed=None, check=again)
 
 
 def _take_up(settings: Config, run: Path, resume: bool, ranks: Ranks, held: ExitStack) -> Checkpoint | None:
@@ -361,7 +363,7 @@ def _take_up(settings: Config, run: Path, resume: bool, ranks: Ranks, held: Exit
     exists = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
     if exists and not resume:
         raise ConfigError(f"--run={run}: holds a run already; go on with --resume={run} or choose another folder")
-    manifest_hash = dataset_hash(load_manifest(settings.data.path))
+    manifest_hash = data_hash(settings)
     run.mkdir(parents=True, exist_ok=True)
     lock = held.enter_context((run / ".lock").open("w"))
     try:
@@ -374,9 +376,8 @@ def _take_up(settings: Config, run: Path, resume: bool, ranks: Ranks, held: Exit
     if found is not None:
         _must_fit(config.load(run / "config.yaml"), settings, run)
         if found.progress.dataset_hash != manifest_hash:
-            raise CheckpointError(
-                f"{run}: was trained on other data than {settings.data.path} holds (manifest differs)"
-            )
+            paths = ", ".join(path for _, path in config.source_paths(settings))
+            raise CheckpointError(f"{run}: was trained on other data than {paths} holds (manifest differs)")
     for text in problems:
         say(run, f"not used: {text}")
     if (run / "metrics.jsonl").exists():
@@ -393,6 +394,9 @@ def _must_fit(old: Config, new: Config, run: Path) -> None:
     for section, key in (
         ("data", "seq_len"),
         ("data", "boundary"),
+        ("data", "rows"),
+        ("data", "scan"),
+        ("data", "temperature"),
         ("data", "train_split"),
         ("data", "val_split"),
         ("train", "seed"),
@@ -400,18 +404,26 @@ def _must_fit(old: Config, new: Config, run: Path) -> None:
         was, now = getattr(getattr(old, section), key), getattr(getattr(new, section), key)
         if was != now:
             raise CheckpointError(f"{section}.{key}: got {now}, expected {was}, with which {run} was trained so far")
+    # Folders may have moved; what decides the order may not.
+    was, now = ([source.model_dump(exclude={"path", "name"}) for source in c.data.mixture] for c in (old, new))
+    if was != now:
+        raise CheckpointError(f"data.sources: got {now}, expected {was}, with which {run} was trained so far")
 
 
 def _begin(
     settings: Config,
     run: Path,
     ranks: Ranks,
-    splits: tuple[Split, Split],
+    sources: tuple[list[Opened], list[Opened]],
     found: Checkpoint | None,
     stopping: list[int],
 ) -> Session:
-    manifest_hash = dataset_hash(splits[0].manifest)
+    train_sources, val_sources = sources
+    manifest_hash = data_hash(settings)
+    mixed = mixture(settings.data, [(source.name, source.stream) for source in train_sources])
     progress = found.progress if found else Progress(dataset_hash=manifest_hash)
+    if not progress.source_bytes:
+        progress = replace(progress, source_bytes=[progress.bytes, *[0] * (len(train_sources) - 1)])
     torch.manual_seed(settings.train.seed)
     model = build(settings)
     state = checkpoint.load_state(found) if found else {}
@@ -426,8 +438,11 @@ def _begin(
     if ranks.rank == 0:
         environment = hardware.environment(ranks.device, ranks.ranks)
         tags = {"commit": environment["commit"], "host": environment["host"], "dataset_hash": manifest_hash}
-        content = json.dumps({**environment, "tags": tags}, indent=1)
+        content = json.dumps({**environment, "tags": tags, "data": described(train_sources)}, indent=1)
         checkpoint.write_atomically(run / "environment.json", content.encode())
+    # A prompt that does not fit the data is said now, not at the first sample.
+    on_rank_0(lambda: request.plans(run, settings, request.asked_in(settings.sample)), ranks)
+    if ranks.rank == 0:
         if settings.log.mlflow:
             uri = settings.log.mlflow_uri or tracking.default_uri(Path.cwd())
             known = progress.mlflow_run_id
@@ -435,8 +450,9 @@ def _begin(
         if found:
             say(run, f"going on from {found.path} at step {progress.step}")
         say(run, _headline(settings, ranks, environment, peak))
-    now = Session(settings, run, ranks, engine, *splits, progress, peak, stopping, shipper)
-    return now
+        for line in _source_lines(mixed):
+            say(run, line)
+    return Session(settings, run, ranks, engine, mixed, val_sources, progress, peak, stopping, shipper)
 
 
 def _headline(settings: Config, ranks: Ranks, environment: dict[str, Any], peak: float | None) -> str:
@@ -450,6 +466,18 @@ def _headline(settings: Config, ranks: Ranks, environment: dict[str, Any], peak:
     )
 
 
+def _source_lines(mixed: Mixture) -> Iterator[str]:
+    """What is trained on, and each source's part of the first rows."""
+    shares = mixed.phases[0].quotas / mixed.phases[0].quotas.sum()
+    for source, share in zip(mixed.sources, shares.tolist(), strict=True):
+        split = source.stream.split
+        end = "" if source.largest_rows is None else f", at most {source.largest_rows} of them"
+        yield (
+            f"data: {source.name}: {split.modality}, {len(split)} samples, "
+            f"{_size(source.stream.bytes_per_epoch)} an epoch, {share:.1%} of the rows{end}"
+        )
+
+
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], found: Checkpoint) -> None:
     try:
         model.load_state_dict(weights)
@@ -457,9 +485,17 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], found: Checkpoin
         raise CheckpointError(f"{found.path}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
 
 
-def _epoch_ids(now: Session) -> int:
-    split = now.train_split
-    return int(split.lengths.sum()) + len(split.lengths) * int(now.settings.data.boundary)
+def _realised_mix(now: Session, progress: Progress) -> dict[str, float]:
+    """data/<source>/share of the bytes trained on, and data/<source>/epoch; nothing for a single source."""
+    sources = now.mixture.sources
+    if len(sources) == 1:
+        return {}
+    epochs = now.mixture.epochs(progress.position // now.settings.data.seq_len)
+    out: dict[str, float] = {}
+    for source, bytes_, epoch in zip(sources, progress.source_bytes, epochs.tolist(), strict=True):
+        out[f"data/{source.name}/share"] = bytes_ / max(progress.bytes, 1)
+        out[f"data/{source.name}/epoch"] = epoch
+    return out
 
 
 def _write_status(run: Path, status: str, message: str) -> None:

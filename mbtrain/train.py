@@ -13,14 +13,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mbtrain import session, vocab
 from mbtrain.checkpoint import Progress
 from mbtrain.config import Config, step_limit
-from mbtrain.data.loader import Shape, batches
+from mbtrain.data.loader import Batch, Shape, batches
 from mbtrain.data.order import mix_numbers
-from mbtrain.data.rows import Stream
 from mbtrain.engine import gathered, total
 from mbtrain.errors import CheckpointError, DataError, MbtrainError, NonFiniteError
 from mbtrain.model.flops import count
@@ -41,10 +42,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Sums:
-    """One optimizer step over all ranks: nats and real bytes of the batch, rank 0's clock, whether a signal came."""
+    """One optimizer step over all ranks: nats, real bytes by source, rank 0's clock, whether a signal came."""
 
     nats: float
-    bytes: int
+    source_bytes: list[int]
     elapsed_s: float
     stop: bool
 
@@ -71,35 +72,40 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
     training_flops = count(settings).training_per_byte
     last_step = step_limit(settings, training_flops)
     shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, ranks.rank, ranks.ranks)
-    stream = Stream(now.train_split, boundary=settings.data.boundary, seed=settings.train.seed)
     saved, stopped = progress, False
     window = session.Window(progress)
     engine.module.train()
     gc.collect()
     gc.freeze()  # what is alive now stays; later collections need not walk it
     now.clock.start(progress.elapsed_s)
-    with batches(stream, shape, progress.position) as feed:
+    with batches(now.mixture, shape, progress.position) as feed:
         while (done := share_done(settings, progress, last_step)) < 1 and not stopped:
-            lost, real_bytes = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
+            lost = torch.zeros((), dtype=torch.float64, device=ranks.device)
+            source_bytes = np.zeros(len(now.mixture.sources), np.int64)
             unread: MbtrainError | None = None
+            batch = _nothing(shape)
             for micro_step in range(shape.accumulation):
                 asked = time.perf_counter()
-                ids = torch.zeros((shape.micro, shape.seq_len), dtype=torch.int64)
                 try:
-                    ids = ids if unread else torch.from_numpy(next(feed))
+                    batch = batch if unread else next(feed)
                 except MbtrainError as error:  # told to all ranks at the sum: until then this one keeps in step
-                    unread = error
+                    unread, batch = error, _nothing(shape)
                 window.waited_s += time.perf_counter() - asked
-                real_bytes += int((ids != vocab.BOUNDARY).sum())
-                ids = ids.to(ranks.device, non_blocking=True)
+                source_bytes += _bytes_by_source(batch, len(source_bytes))
+                ids = torch.from_numpy(batch.ids).to(ranks.device, non_blocking=True).long()
                 # Dropout's numbers follow from the step alone, so a resumed run draws the same ones.
                 torch.manual_seed(mix_numbers(settings.train.seed, progress.step, micro_step, ranks.rank))
                 each = nats(engine(ids), ids)
-                engine.backward(each.mean())
+                if batch.mask is None and batch.targets == shape.step_ids:
+                    loss = each.mean()
+                else:  # each id that counts weighs the same, in whichever micro-batch it stands
+                    each = each * _counted(batch, each)
+                    loss = each.sum() * (shape.accumulation * shape.ranks / batch.targets)
+                engine.backward(loss)
                 lost += each.detach().double().sum()
                 if micro_step + 1 < shape.accumulation:
                     engine.step(0.0)
-            sums = _agree(now, progress, float(lost), real_bytes, unread)
+            sums = _agree(now, progress, float(lost), source_bytes, unread)
             factor = lr_factor(settings.optim, progress.step, done)
             norm = engine.step(factor)
 
@@ -107,13 +113,14 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
                 progress,
                 step=progress.step + 1,
                 position=progress.position + shape.step_ids,
-                bytes=progress.bytes + sums.bytes,
+                bytes=progress.bytes + sum(sums.source_bytes),
+                source_bytes=[a + b for a, b in zip(progress.source_bytes, sums.source_bytes, strict=True)],
                 elapsed_s=sums.elapsed_s,
                 optimizer_steps=progress.optimizer_steps + 1,
             )
             stopped = sums.stop
             over = share_done(settings, progress, last_step) >= 1 or stopped
-            window.add(sums.nats, shape.step_ids)
+            window.add(sums.nats, batch.targets, shape.step_ids)
             if progress.step % settings.log.every_steps == 0 or over:
                 session.report(now, window, progress, lr_factor=factor, grad_norm=norm, done=done, flops=training_flops)
                 window = session.Window(progress)
@@ -147,7 +154,27 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _agree(now: Session, progress: Progress, lost: float, real_bytes: int, unread: MbtrainError | None) -> Sums:
+def _nothing(shape: Shape) -> Batch:
+    """What stands in for a batch that could not be read; its gradients are never used."""
+    ids = np.zeros((shape.micro, shape.seq_len), np.int16)
+    return Batch(ids, np.zeros(ids.shape, bool), np.zeros(shape.micro, np.int64), shape.step_ids)
+
+
+def _bytes_by_source(batch: Batch, sources: int) -> np.ndarray:
+    """Real bytes of each source in a batch, int64 [sources]."""
+    real = batch.ids != vocab.BOUNDARY
+    real = real if batch.mask is None else real & batch.mask
+    return np.bincount(batch.sources, weights=real.sum(axis=1), minlength=sources).astype(np.int64)
+
+
+def _counted(batch: Batch, like: Tensor) -> Tensor:
+    """1.0 for each id that counts, 0.0 for filling, (b, t)."""
+    if batch.mask is None:
+        return torch.ones_like(like)
+    return torch.from_numpy(batch.mask).to(like.device, like.dtype)
+
+
+def _agree(now: Session, progress: Progress, lost: float, by_source: np.ndarray, unread: MbtrainError | None) -> Sums:
     """Sum a step over ranks before its update, and spread signals and trouble.
 
     Raises on all ranks alike: DataError when any could not read its part, NonFiniteError before a bad update.
@@ -157,8 +184,8 @@ def _agree(now: Session, progress: Progress, lost: float, real_bytes: int, unrea
     finite = math.isfinite(lost)
     elapsed = now.clock.read() if ranks.rank == 0 else 0.0
     counts = [float(not finite), float(sum(bad)), float(unread is not None), float(bool(now.stopping))]
-    sums = total([lost if finite else 0.0, real_bytes, elapsed, *counts], ranks)
-    nats_, bytes_, elapsed, bad_losses, bad_gradients, unread_parts, stops = sums
+    sums = total([lost if finite else 0.0, elapsed, *counts, *by_source.tolist()], ranks)
+    nats_, elapsed, bad_losses, bad_gradients, unread_parts, stops, *bytes_ = sums
     if unread_parts:
         said = [f"rank {i}: {text}" for i, text in enumerate(gathered(str(unread or ""))) if text]
         raise DataError(f"step {progress.step + 1}: {'; '.join(said[:4])}")
@@ -173,4 +200,4 @@ def _agree(now: Session, progress: Progress, lost: float, real_bytes: int, unrea
             f"step {progress.step + 1}: not finite: {listed}. All ranks stopped before the update and the last "
             f"checkpoint is good; try a smaller optim.lr, a longer optim.warmup_steps or train.precision=fp32"
         )
-    return Sums(nats_, int(bytes_), elapsed, stops > 0)
+    return Sums(nats_, [int(n) for n in bytes_], elapsed, stops > 0)

@@ -88,7 +88,6 @@ def at(settings_: Any, dotted: str) -> Any:
         ("model.kind", "transformer", "'megabyte'"),
         ("data.seq_len", 30, "a multiple of model.stages.0.patch_size = 4"),
         ("data.path", 7, "a valid string"),
-        ("data.path", None, "a valid string"),
         ("data.check", "none", "'auto', 'size' or 'full'"),
         ("train.steps", True, "neither true nor false"),
         ("train.minutes", False, "neither true nor false"),
@@ -429,3 +428,44 @@ def test_yaml_numbers_that_pyyaml_reads_as_strings_are_numbers(tmp_path: Path) -
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(tiny.tree()).replace("lr: 0.01", "lr: 3e-4"))
     assert load(file).optim.lr == 3e-4
+
+
+SOURCES = [{"path": "shards/a"}, {"path": "elsewhere/b"}]
+
+
+def test_a_path_is_a_mixture_of_one_and_sources_are_named_by_their_folders() -> None:
+    assert config.source_paths(tiny.make(data={"path": "shards/std"})) == [("std", "shards/std")]
+    several = config.validate({**tiny.tree(), "data": {"sources": SOURCES, "seq_len": 32}})
+    assert config.source_paths(several) == [("a", "shards/a"), ("b", "elsewhere/b")]
+    assert config.validate(several.model_dump(mode="json")) == several
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({}, "data.path, data.sources: got neither, expected one of them"),
+        ({"path": "a", "sources": SOURCES}, "data.path, data.sources: got both, expected one of them"),
+        (
+            {"sources": [{"path": "x/a"}, {"path": "y/a"}]},
+            "data.sources: got two named 'a', expected names that differ",
+        ),
+        ({"sources": [{"path": "a", "weight": -1}]}, "data.sources.0.weight: got -1"),
+        ({"sources": [{"path": "a", "wieght": 1}]}, "data.sources.0.wieght: unknown key .* did you mean weight"),
+        ({"sources": [{"path": "a", "epochs": 0}]}, "data.sources.0.epochs: got 0"),
+        ({"sources": [{"path": "a", "schedule": [[5, 1]]}]}, r"schedule: got \[\(5, 1.0\)\], expected \[\[0, weight\]"),
+        ({"sources": [{"path": "a", "schedule": [[0, 1], [0, 2]]}]}, "with rising bytes"),
+        ({"sources": [{"path": "a", "schedule": [[0, 1]], "weight": 2}]}, "and no weight beside it"),
+        ({"path": "a", "temperature": 0}, "data.temperature: got 0"),
+    ],
+)
+def test_sources_that_make_no_mixture_are_one_line(data: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        config.validate({**tiny.tree(), "data": {"seq_len": 32, **data}})
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_is_changed_by_its_number(tmp_path: Path) -> None:
+    path = launch.config_file(tmp_path, {**tiny.tree(), "data": {"sources": SOURCES, "seq_len": 32}})
+    assert load(path, {"data.sources.1.weight": "2.5"}).data.mixture[1].weight == 2.5
+    with pytest.raises(ConfigError, match=r"data\.sources\.2\.weight: '2' is no position in a list of 2"):
+        load(path, {"data.sources.2.weight": "1"})

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
 from mbtrain import evaluate
+from mbtrain.data.opening import Opened
+from mbtrain.data.rows import Stream
 from mbtrain.errors import CheckpointError, DataError
 from mbtrain.model import Model, build
 from mbtrain.shards import Split, open_split
@@ -29,8 +32,9 @@ CPU = torch.device("cpu")
 DOCUMENTS = [b"hello world", b"\0" * 40, b"x", b"", bytes(range(256)), b"y"]
 
 
-def scored(model: Any, split: Split, **options: Any) -> evaluate.Score:
-    return evaluate.score(model, split, **{"boundary": True, "seq_len": 32, "batch": 3, "device": CPU, **options})
+def scored(model: Any, *splits: Split, boundary: bool = True, **options: Any) -> evaluate.Score:
+    sources = [Opened(f"set{i}", split, Stream(split, boundary=boundary, seed=None)) for i, split in enumerate(splits)]
+    return evaluate.score(model, sources, **{"seq_len": 32, "batch": 3, "device": CPU, **options})
 
 
 def naive(model: Model, documents: Sequence[bytes], seq_len: int, boundary: bool = True) -> tuple[float, int]:
@@ -107,14 +111,14 @@ def test_a_rank_that_cannot_read_its_part_keeps_in_step_and_raises_at_the_end(mo
 
     scored(counted, split, batch=2, reduce=sum_of_ranks)
     whole = dict(calls)
-    read = split.read
+    read_into = split.read_into
 
-    def cut_off(i: int, *bounds: int) -> bytes:
-        if i == 1:
+    def cut_off(samples: np.ndarray, *where: np.ndarray) -> None:
+        if 1 in samples:
             raise DataError("1.tar: cut off")
-        return read(i, *bounds)
+        read_into(samples, *where)
 
-    monkeypatch.setattr(split, "read", cut_off)
+    monkeypatch.setattr(split, "read_into", cut_off)
     with pytest.raises(DataError, match=r"1\.tar: cut off"):
         scored(counted, split, batch=2, reduce=sum_of_ranks)
     assert calls == {name: 2 * count for name, count in whole.items()}
@@ -190,6 +194,22 @@ def test_sources_sum_to_the_whole(shards: Path) -> None:
     for name, (_, bytes_) in result.by_source.items():
         mine = split.source_index == split.source_names.index(name)
         assert bytes_ == int(split.lengths[mine].sum())
+
+
+def test_several_data_sets_are_scored_apart_and_together() -> None:
+    """By the names of the mixture, whatever the sources inside them; each as it is scored alone."""
+    model = randomised(tiny.make(2))
+    splits = [split_of(DOCUMENTS, [0, 1, 0, 0, 2, 1]), split_of([b"other" * 30, b"more"])]
+    alone = [scored(model, split) for split in splits]
+    both = scored(model, *splits)
+    assert list(both.by_source) == ["set0", "set1"]
+    for score, (nats, bytes_) in zip(alone, both.by_source.values(), strict=True):
+        assert nats == pytest.approx(score.nats, rel=1e-12)
+        assert bytes_ == score.bytes
+    assert both.nats == pytest.approx(sum(score.nats for score in alone), rel=1e-12)
+    assert set(both.metrics()) == {"val/bpb", "val/set0/bpb", "val/set1/bpb"}
+    part = scored(model, *splits, limit_bytes=64)
+    assert all(0 < part.by_source[name][1] < both.by_source[name][1] for name in both.by_source)
 
 
 def test_one_source_is_not_listed_apart() -> None:

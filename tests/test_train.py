@@ -58,7 +58,7 @@ def bare_loop(shards: Path, settings: dict[str, Any]) -> tuple[list[float], dict
     rows, t = c.train.global_batch_size, c.data.seq_len
     losses = []
     for step in range(c.train.steps or 0):
-        ids = torch.from_numpy(np.stack([stream.row(step * rows + i, t) for i in range(rows)]))
+        ids = torch.from_numpy(stream.rows(np.arange(step * rows, (step + 1) * rows), t)[0]).long()
         loss = nats(model(ids), ids).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.train.gradient_clipping)

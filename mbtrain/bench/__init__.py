@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mbtrain.bench.data import data
 from mbtrain.bench.generation import generate
 from mbtrain.bench.overhead import deepspeed
 from mbtrain.bench.quality import quality
@@ -17,4 +18,5 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate,
     "deepspeed": deepspeed,
     "recipe": recipe,
+    "data": data,
 }

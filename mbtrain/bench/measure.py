@@ -187,20 +187,19 @@ def write_rows(settings: Config, folder: Path, limit_bytes: int, val_bytes: int 
     from mbtrain.shards import load_manifest, open_split
 
     data = settings.data
-    load_manifest(data.path)
-    stream = Stream(open_split(data.path, data.train_split, "size"), boundary=False, seed=settings.train.seed)
+    [(_, path)] = config.source_paths(settings)
+    load_manifest(path)
+    stream = Stream(open_split(path, data.train_split, "size"), boundary=False, seed=settings.train.seed)
     # In the order of training, shuffled: the peer's own script draws random windows, neighbours would be unfair to it.
     rows = max(settings.train.global_batch_size, min(limit_bytes, stream.ids_per_epoch) // data.seq_len)
     with (folder / "train.bytes").open("wb") as file:
         for i in range(rows):
-            stream.row(i, data.seq_len).astype(np.uint8).tofile(file)
+            stream.rows(np.array([i]), data.seq_len)[0].astype(np.uint8).tofile(file)
     if val_bytes:
-        val = Stream(open_split(data.path, data.val_split, "size"), boundary=False, seed=None)
+        val = Stream(open_split(path, data.val_split, "size"), boundary=False, seed=None)
         count = min(val_bytes, val.ids_per_epoch) // data.seq_len * data.seq_len
         if count == 0:
-            raise ConfigError(
-                f"--data={data.path}: the validation split holds less than one row of {data.seq_len} bytes"
-            )
+            raise ConfigError(f"--data={path}: the validation split holds less than one row of {data.seq_len} bytes")
         val.read(0, count).astype(np.uint8).tofile(folder / "val.bytes")
 
 

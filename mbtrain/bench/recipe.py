@@ -87,25 +87,26 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
     from mbtrain import config, engine, evaluate
     from mbtrain.bench.own import bare_step
     from mbtrain.data.loader import Shape, micro_batch
-    from mbtrain.data.rows import Stream
+    from mbtrain.data.mixture import mixture
+    from mbtrain.data.opening import open_sources
     from mbtrain.model import build
     from mbtrain.model.flops import count
     from mbtrain.schedule import lr_factor
-    from mbtrain.shards import open_split
 
-    settings = config.load(config_path, overrides)
+    settings = config.load(config_path, {**overrides, "data.path": data})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     engine.keep_memory()
     torch.manual_seed(settings.train.seed)
     model = build(settings)
     step = bare_step(settings, model)
-    stream = Stream(open_split(data, "train"), boundary=settings.data.boundary, seed=settings.train.seed)
+    opened = open_sources(settings, "train", seed=settings.train.seed)
+    rows = mixture(settings.data, [(source.name, source.stream) for source in opened])
     t = settings.data.seq_len
     shape = Shape(t, settings.train.global_batch_size, accumulation=1, rank=0, ranks=1)
     updates, began = 0, time.process_time()
     while (spent := time.process_time() - began) < cpu_seconds:
-        ids = torch.from_numpy(micro_batch(stream, shape, updates * shape.step_ids, 0))
+        ids = torch.from_numpy(micro_batch(rows, shape, updates * shape.step_ids, 0).ids).long()
         lost = step(ids, lr_factor(settings.optim, updates, spent / cpu_seconds))
         updates += 1
         if not math.isfinite(lost):
@@ -113,8 +114,7 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
     model.eval()
     score = evaluate.score(
         model,
-        open_split(data, "val"),
-        boundary=settings.data.boundary,
+        open_sources(settings, "val", seed=None),
         seq_len=t,
         batch=16,
         device=torch.device("cpu"),

@@ -1,6 +1,6 @@
 """Training batches, read ahead by a thread. The position of a step is all there is to save.
 
-An optimizer step takes the next global_batch_size rows of the stream, whatever the number of ranks: micro-step m of
+An optimizer step takes the next global_batch_size rows of the mixture, whatever the number of ranks: micro-step m of
 rank r reads rows  m * (ranks * micro) + r * micro + [0, micro)  of them. So ranks' parts are disjoint, cover
 everything, and no rank ever waits for one that ran out.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbtrain.data.rows import Stream
+from mbtrain.data.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,50 @@ class Shape:
     ranks: int
 
     @property
+    def step_rows(self) -> int:
+        """Rows of one optimizer step, over all ranks."""
+        return self.micro * self.accumulation * self.ranks
+
+    @property
     def step_ids(self) -> int:
-        """Ids that one optimizer step takes from the stream, over all ranks."""
-        return self.seq_len * self.micro * self.accumulation * self.ranks
+        """Ids that one optimizer step takes, over all ranks."""
+        return self.seq_len * self.step_rows
 
 
-def micro_batch(stream: Stream, shape: Shape, position: int, micro_step: int) -> np.ndarray:
-    """This rank's ids (micro, seq_len) in one micro-step of the optimizer step that begins at `position`."""
-    first = position // shape.seq_len + (micro_step * shape.ranks + shape.rank) * shape.micro
-    return np.stack([stream.row(first + i, shape.seq_len) for i in range(shape.micro)])
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a micro-step.
+
+    ids       int16 [micro, seq_len]
+    mask      bool [micro, seq_len]: which ids count; None: all
+    sources   int64 [micro]: the number of each row's source
+    targets   ids that count in the whole optimizer step, over all ranks and micro-steps
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray | None
+    sources: np.ndarray
+    targets: int
+
+
+def micro_batch(mixture: Mixture, shape: Shape, position: int, micro_step: int) -> Batch:
+    """This rank's rows in one micro-step of the optimizer step that begins at `position` (in ids)."""
+    start = position // shape.seq_len
+    first = start + (micro_step * shape.ranks + shape.rank) * shape.micro
+    rows = mixture.rows(first, shape.micro)
+    return Batch(rows.ids, rows.mask, rows.sources, mixture.targets(start, shape.step_rows))
 
 
 @contextmanager
-def batches(stream: Stream, shape: Shape, position: int, ahead: int = 4) -> Iterator[Iterator[np.ndarray]]:
+def batches(mixture: Mixture, shape: Shape, position: int, ahead: int = 4) -> Iterator[Iterator[Batch]]:
     """An endless iterator of micro-batches from `position` on, `ahead` of them read in advance by a thread.
 
     Whatever goes wrong in the thread is raised where the batch is asked for.
     """
-    ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(maxsize=ahead)
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
 
-    def put(item: np.ndarray | BaseException) -> bool:
+    def put(item: Batch | BaseException) -> bool:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.2)
@@ -63,13 +86,13 @@ def batches(stream: Stream, shape: Shape, position: int, ahead: int = 4) -> Iter
         try:
             while True:
                 for micro_step in range(shape.accumulation):
-                    if not put(micro_batch(stream, shape, at, micro_step)):
+                    if not put(micro_batch(mixture, shape, at, micro_step)):
                         return
                 at += shape.step_ids
         except BaseException as error:
             put(error)
 
-    def consume() -> Iterator[np.ndarray]:
+    def consume() -> Iterator[Batch]:
         while True:
             item = ready.get()
             if isinstance(item, BaseException):

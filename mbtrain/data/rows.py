@@ -1,20 +1,27 @@
-"""Packed rows: documents in order, a boundary after each, cut every T ids. A row is a pure function of its position.
+"""Rows of ids, cut from a data set's samples. A row is a pure function of its position.
 
+layout       samples one after the other in an epoch's order, a boundary after each (if wanted), filled up to a multiple
+             of `align`: 1 packs them, a patch lets each begin at a patch, T gives every sample rows of its own
 training     an endless stream: epoch 0 in its order, epoch 1 in its order, ...; cut i is ids [i T, (i + 1) T).
              Nothing is dropped at an epoch's end: the cut that crosses it goes on with the next epoch. So the
              cuts fall elsewhere in every epoch, unless T divides the stream.
              Rows are these cuts, shuffled within windows of about an epoch: neighbours in a stream are pieces of one
              document, and a batch of one document trains on that document alone (it cost 0.5 bits per byte).
 evaluation   one pass in shard order; the last row is filled up and masked.
+
+What fills up is masked, never an id of its own. Many rows are laid out at once, by arrays: a call for each would cost
+more than the reading.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mbtrain import vocab
+from mbtrain.data import scan
 from mbtrain.data.order import mix_numbers, permutation
 from mbtrain.errors import DataError
 from mbtrain.shards import Split
@@ -32,67 +39,200 @@ class Epoch:
     ends: np.ndarray
 
 
-class Stream:
-    """Reads ids at any position of the endless stream (seed given), or of one pass in shard order (seed None)."""
+@dataclass(frozen=True)
+class Pieces:
+    """Samples' parts that make up some rows, in the order of the rows: one array element a part.
 
-    def __init__(self, split: Split, *, boundary: bool, seed: int | None):
-        self.split, self.boundary, self.seed = split, boundary, seed
-        self.ids_per_epoch = int(split.lengths.sum()) + len(split.lengths) * int(boundary)
-        if self.ids_per_epoch == 0:
+    sample          its number
+    first, last     of the sample's ids (bytes, boundary, filling) those in [first, last)
+    to              where they go in the rows, laid end to end
+    """
+
+    sample: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    to: np.ndarray
+
+
+class Stream:
+    """Rows of one split, endless in shuffled order (seed given), or one pass in shard order (seed None).
+
+    Not for several threads at once: it keeps orders and a buffer.
+
+    boundary   id 256 after each sample
+    align      each sample begins at a multiple of so many ids
+    patches    image pixels in patch scan for these patch sizes (bytes, coarse to fine); None: as in the shards
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        boundary: bool,
+        seed: int | None,
+        align: int = 1,
+        patches: Sequence[int] | None = None,
+    ):
+        self.split, self.boundary, self.seed, self.align = split, boundary, seed, align
+        self.patches = None if patches is None or not scan.block_sides(patches) else tuple(patches)
+        self.bytes_per_epoch = int(split.lengths.sum())
+        self.ids_per_epoch = int(self._sizes(split.lengths).sum())
+        if self.bytes_per_epoch == 0:
             raise DataError(f"split {split.name!r}: no bytes in this split; prepare it with a larger share of the data")
         self._epochs: dict[int, Epoch] = {}
-        self._window: tuple[int, int, np.ndarray] | None = None
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
+        self._scratch = np.empty(0, np.uint8)
 
     def epoch(self, number: int) -> Epoch:
         """The order of one epoch; the two last made are kept, since a window of rows touches two."""
         if number not in self._epochs:
             n = len(self.split.lengths)
-            order = np.arange(n) if self.seed is None else permutation(self.seed, number, n)
-            made = Epoch(number, order, np.cumsum(self.split.lengths[order] + int(self.boundary)))
+            chosen = np.arange(n) if self.seed is None else permutation(self.seed, number, n)
+            made = Epoch(number, _compact(chosen), np.cumsum(self._sizes(self.split.lengths[chosen])))
             kept = list(self._epochs.items())[-1:]
             self._epochs = {**dict(kept), number: made}
         return self._epochs[number]
 
-    def row(self, index: int, seq_len: int) -> np.ndarray:
-        """Training row `index`: seq_len ids. Every cut of the endless stream is one row, once."""
-        rows = min(max(self.ids_per_epoch // seq_len, 1), LARGEST_WINDOW)
-        number, i = divmod(index, rows)
-        if self._window is None or self._window[:2] != (number, rows):
-            self._window = (number, rows, permutation(mix_numbers(self.seed or 0, _ROWS), number, rows))
-        return self.read((number * rows + int(self._window[2][i])) * seq_len, seq_len)
+    def positions(self, rows: np.ndarray, seq_len: int) -> np.ndarray:
+        """Where training rows begin in the stream, int64: row -> cut. Every cut is one row, once."""
+        window_rows = min(max(self.ids_per_epoch // seq_len, 1), LARGEST_WINDOW)
+        numbers, i = np.divmod(np.asarray(rows, np.int64), window_rows)
+        cuts = np.empty(len(i), np.int64)
+        for number in set(numbers.tolist()):
+            of = numbers == number
+            cuts[of] = number * window_rows + self._window(number, window_rows)[i[of]]
+        return cuts * seq_len
+
+    def rows(self, rows: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Training rows: ids int16 [r, seq_len], and which of them count, bool [r, seq_len] (None: all)."""
+        return self.read_rows(self.positions(rows, seq_len), seq_len)
+
+    def targets(self, rows: np.ndarray, seq_len: int) -> int:
+        """How many ids of these training rows count; nothing is read."""
+        if self.align == 1:
+            return len(rows) * seq_len
+        at = self.positions(rows, seq_len)
+        pieces = self._pieces(at, np.full(len(at), seq_len, np.int64), seq_len)
+        used = self.split.lengths[pieces.sample] + int(self.boundary)
+        return int(np.maximum(np.minimum(pieces.last, used) - pieces.first, 0).sum())
+
+    def read_rows(
+        self, at: np.ndarray, seq_len: int, counts: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids from these positions of the stream on, int16 [r, seq_len], and which count, bool (None: all).
+
+        counts: ids wanted of each row (seq_len by default); what is left of a row does not count.
+        """
+        at = np.asarray(at, np.int64)
+        wanted = np.full(len(at), seq_len, np.int64) if counts is None else np.asarray(counts, np.int64)
+        pieces = self._pieces(at, wanted, seq_len)
+        lengths = self.split.lengths[pieces.sample]
+        content = self._room(len(at) * seq_len)
+        stops = np.minimum(pieces.last, lengths)
+        some = stops > pieces.first
+        columns = (pieces.sample, pieces.first, stops, pieces.to)
+        sample, first, stop, to = columns if some.all() else (column[some] for column in columns)
+        if self.patches is None:
+            self.split.read_into(sample, first, stop, content, to)
+        else:
+            self._read_scanned(sample, first, stop, content, to)
+        ids = content.astype(np.int16)
+        if self.boundary:
+            ends = (pieces.first <= lengths) & (lengths < pieces.last)
+            ids[pieces.to[ends] + (lengths - pieces.first)[ends]] = vocab.BOUNDARY
+        if self.align == 1 and counts is None:  # nothing is filled up
+            return ids.reshape(len(at), seq_len), None
+        used = np.clip(lengths + int(self.boundary) - pieces.first, 0, pieces.last - pieces.first)
+        filling = pieces.last - pieces.first - used
+        short = np.flatnonzero(wanted < seq_len)
+        mask: np.ndarray | None = None
+        if len(short) or filling.any():
+            mask = np.ones(len(ids), bool)
+            mask[_ranges(pieces.to + used, filling)] = False
+            mask[_ranges(short * seq_len + wanted[short], seq_len - wanted[short])] = False
+            ids[~mask] = 0
+            mask = mask.reshape(len(at), seq_len)
+        return ids.reshape(len(at), seq_len), mask
+
+    def sources(self, at: np.ndarray, seq_len: int, counts: np.ndarray) -> np.ndarray:
+        """Source numbers of the ids that `read_rows` gives for the same arguments, int32 [r, seq_len]; -1: none."""
+        pieces = self._pieces(np.asarray(at, np.int64), np.asarray(counts, np.int64), seq_len)
+        out = np.full(len(at) * seq_len, -1, np.int32)
+        sizes = pieces.last - pieces.first
+        out[_ranges(pieces.to, sizes)] = np.repeat(self.split.source_index[pieces.sample], sizes)
+        return out.reshape(len(at), seq_len)
 
     def read(self, position: int, count: int) -> np.ndarray:
         """`count` ids from `position` on, as int64; crosses samples and epochs."""
-        out = np.empty(count, np.int64)
-        filled = 0
-        while filled < count:
-            number, at = divmod(position + filled, self.ids_per_epoch)
-            epoch = self.epoch(number)
-            i = int(np.searchsorted(epoch.ends, at, side="right"))
-            filled += self._copy(epoch, i, at, out[filled:])
-        return out
+        return self.read_rows(np.array([position]), count)[0][0].astype(np.int64)
 
-    def sources(self, position: int, count: int) -> np.ndarray:
-        """Source numbers of the ids from `position` on, as int64; fewer at the end of an epoch, which it stays in."""
-        epoch = self.epoch(position // self.ids_per_epoch)
-        at = position % self.ids_per_epoch
-        last = min(at + count, self.ids_per_epoch)
-        i = np.searchsorted(epoch.ends, np.arange(at, last), side="right")
-        return self.split.source_index[epoch.order[i]].astype(np.int64)
+    def _sizes(self, lengths: np.ndarray) -> np.ndarray:
+        """Ids that samples take up: bytes, boundary, filling."""
+        ids = lengths + int(self.boundary)
+        return ids if self.align == 1 else -(-ids // self.align) * self.align
 
-    def _copy(self, epoch: Epoch, i: int, at: int, out: np.ndarray) -> int:
-        """Copy the i-th sample of an epoch, from epoch position `at` on, into out; returns how many ids that were."""
-        sample = int(epoch.order[i])
-        size = int(self.split.lengths[sample])
-        first = at - (int(epoch.ends[i]) - size - int(self.boundary))
-        last = min(first + len(out), size)
-        if last > first:
-            out[: last - first] = np.frombuffer(self.split.read(sample, first, last), np.uint8)
-        taken = max(last - first, 0)
-        if self.boundary and last == size and taken < len(out):
-            out[taken] = vocab.BOUNDARY
-            taken += 1
-        return taken
+    def _room(self, size: int) -> np.ndarray:
+        """A buffer of uint8 for the bytes read, used again: fresh memory costs a page fault every 4 KiB."""
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, np.uint8)
+        return self._scratch[:size]
+
+    def _window(self, number: int, rows: int) -> np.ndarray:
+        if (number, rows) not in self._windows:
+            kept = list(self._windows.items())[-1:]
+            order = permutation(mix_numbers(self.seed or 0, _ROWS), number, rows)
+            self._windows = {**dict(kept), (number, rows): _compact(order)}
+        return self._windows[number, rows]
+
+    def _pieces(self, at: np.ndarray, counts: np.ndarray, seq_len: int) -> Pieces:
+        """The samples' parts in [at, at + counts) of each row, which go to row * seq_len on."""
+        to = np.arange(len(at), dtype=np.int64) * seq_len
+        found: list[Pieces] = []
+        while len(at):  # once for each epoch that a row reaches into; nearly always once
+            numbers, within = np.divmod(at, self.ids_per_epoch)
+            here = np.minimum(counts, self.ids_per_epoch - within)
+            distinct = set(numbers.tolist())
+            for number in distinct:
+                of = numbers == number if len(distinct) > 1 else slice(None)
+                found.append(self._in_epoch(self.epoch(number), within[of], here[of], to[of]))
+            rest = np.flatnonzero(counts > here)
+            at, counts, to = (at + here)[rest], (counts - here)[rest], (to + here)[rest]
+        if len(found) == 1:
+            return found[0]
+        both = [
+            np.concatenate(parts) for parts in zip(*((p.sample, p.first, p.last, p.to) for p in found), strict=True)
+        ]
+        return Pieces(*both) if both else Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
+
+    def _in_epoch(self, epoch: Epoch, at: np.ndarray, counts: np.ndarray, to: np.ndarray) -> Pieces:
+        begin = np.searchsorted(epoch.ends, at, side="right")
+        # samples that a row touches; none, where it is empty
+        number = np.maximum(np.searchsorted(epoch.ends, at + counts - 1, side="right") - begin + 1, 0)
+        row = np.repeat(np.arange(len(at)), number)
+        i = begin[row] + np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
+        sample = epoch.order[i].astype(np.int64)
+        starts = epoch.ends[i] - self._sizes(self.split.lengths[sample])
+        first = np.maximum(at[row], starts)
+        last = np.minimum(at[row] + counts[row], epoch.ends[i])
+        return Pieces(sample, first - starts, last - starts, to[row] + first - at[row])
+
+    def _read_scanned(
+        self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: np.ndarray, to: np.ndarray
+    ) -> None:
+        """As Split.read_into, for images in patch scan: an image is read whole."""
+        assert self.patches is not None
+        columns = (samples.tolist(), starts.tolist(), stops.tolist(), to.tolist())
+        for sample, start, stop, target in zip(*columns, strict=True):
+            height, width = self.split.image_size(sample)
+            try:
+                order = scan.order(height, width, self.patches)
+            except ValueError as error:
+                raise DataError(
+                    f"sample {self.split.key(sample)} of split {self.split.name!r}: {error}; prepare the images with "
+                    "--size, choose another model.stages.0.patch_size, or set data.scan=raster"
+                ) from None
+            raster = np.frombuffer(self.split.read(sample), np.uint8)
+            out[target : target + stop - start] = raster[order[start:stop]]
 
 
 def evaluation_rows(stream: Stream, seq_len: int, limit_bytes: int | None = None) -> int:
@@ -101,15 +241,30 @@ def evaluation_rows(stream: Stream, seq_len: int, limit_bytes: int | None = None
     return rows if limit_bytes is None else min(rows, -(-limit_bytes // seq_len))
 
 
-def evaluation_batch(stream: Stream, seq_len: int, rows: list[int], batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids and mask, each (batch, seq_len), of these rows; missing rows and the end of the last one are masked.
+def evaluation_batch(
+    stream: Stream, seq_len: int, rows: Sequence[int], batch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids, mask and source numbers, each (batch, seq_len), of these rows; missing rows and fillings are masked.
 
     Masked ids are 0 and mean nothing: the mask alone says what is scored.
     """
-    ids = np.zeros((batch, seq_len), np.int64)
+    ids = np.zeros((batch, seq_len), np.int16)
     mask = np.zeros((batch, seq_len), bool)
-    for i, row in enumerate(rows):
-        count = min(seq_len, stream.ids_per_epoch - row * seq_len)
-        ids[i, :count] = stream.read(row * seq_len, count)
-        mask[i, :count] = True
-    return ids, mask
+    sources = np.full((batch, seq_len), -1, np.int32)
+    if len(rows):
+        at = np.asarray(rows, np.int64) * seq_len
+        counts = np.minimum(seq_len, stream.ids_per_epoch - at)
+        ids[: len(rows)], counted = stream.read_rows(at, seq_len, counts)
+        mask[: len(rows)] = True if counted is None else counted
+        sources[: len(rows)] = stream.sources(at, seq_len, counts)
+    return ids, mask, sources
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The numbers of [start, start + size) for each pair, one range after the other."""
+    return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
+
+
+def _compact(order: np.ndarray) -> np.ndarray:
+    """The same numbers in four bytes each, where they fit."""
+    return order.astype(np.int32) if len(order) < 2**31 else order

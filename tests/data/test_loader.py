@@ -15,23 +15,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mbtrain.config import DataConfig
 from mbtrain.data.loader import Shape, batches, micro_batch
+from mbtrain.data.mixture import Mixture, Rows, mixture
 from mbtrain.data.rows import Stream
 from mbtrain.errors import DataError
+from mbtrain.shards import Split
 from tests.data.test_rows import split_of
 
 
 class Counting:
-    """A stream whose id at position p is p."""
+    """A mixture whose id at position p is p."""
 
-    def row(self, row: int, seq_len: int) -> np.ndarray:
-        return self.read(row * seq_len, seq_len)
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
 
-    def read(self, position: int, count: int) -> np.ndarray:
-        return np.arange(position, position + count)
+    def rows(self, first: int, count: int) -> Rows:
+        ids = np.arange(first * self.seq_len, (first + count) * self.seq_len).reshape(count, self.seq_len)
+        return Rows(ids, None, np.zeros(count, np.int64))
+
+    def targets(self, first: int, count: int) -> int:
+        return count * self.seq_len
 
 
-counting = cast(Stream, Counting())
+def counting(seq_len: int) -> Mixture:
+    return cast(Mixture, Counting(seq_len))
+
+
+def single(split: Split, seed: int, seq_len: int) -> Mixture:
+    """A mixture of one source."""
+    data = DataConfig(path="made", seq_len=seq_len)
+    return mixture(data, [("made", Stream(split, boundary=True, seed=seed))])
 
 
 @settings(deadline=None)
@@ -49,7 +63,7 @@ def test_ranks_parts_are_disjoint_and_cover_the_step(
     parts = []
     for rank in range(ranks):
         shape = Shape(seq_len, micro, accumulation, rank, ranks)
-        parts += [micro_batch(counting, shape, position, m) for m in range(accumulation)]
+        parts += [micro_batch(counting(seq_len), shape, position, m).ids for m in range(accumulation)]
         assert all(part.shape == (micro, seq_len) for part in parts)
     ids = np.concatenate(parts).ravel()
     assert shape.step_ids == len(ids)
@@ -63,7 +77,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_cut(cuts: Any) -> None:
     steps = []
     for ranks, micro, accumulation in cuts:
         rows = [
-            micro_batch(counting, Shape(5, micro, accumulation, rank, ranks), 60, m)
+            micro_batch(counting(5), Shape(5, micro, accumulation, rank, ranks), 60, m).ids
             for rank in range(ranks)
             for m in range(accumulation)
         ]
@@ -78,16 +92,16 @@ def test_batches_from_a_position_are_the_tail_of_batches_from_0(step: int, rank:
     """Over several epochs of a real stream (94 ids an epoch, 48 a step)."""
     split = split_of([bytes(range(i, i + 20 + i)) for i in range(4)])
     shape = Shape(4, 3, 2, rank, 2)
-    with batches(Stream(split, boundary=True, seed=seed), shape, 0) as feed:
-        whole = list(islice(feed, 16))
-    with batches(Stream(split, boundary=True, seed=seed), shape, step * shape.step_ids, ahead) as feed:
-        tail = list(islice(feed, 16 - 2 * step))
+    with batches(single(split, seed, 4), shape, 0) as feed:
+        whole = [batch.ids for batch in islice(feed, 16)]
+    with batches(single(split, seed, 4), shape, step * shape.step_ids, ahead) as feed:
+        tail = [batch.ids for batch in islice(feed, 16 - 2 * step)]
     assert np.array_equal(np.stack(whole[2 * step :]), np.stack(tail))
 
 
 def test_the_layout_is_the_documented_one() -> None:
     """Micro-step m of rank r reads rows m (ranks micro) + r micro + [0, micro): pinned."""
-    first = micro_batch(counting, Shape(10, 2, 3, 1, 2), 1000, 2)[:, 0]
+    first = micro_batch(counting(10), Shape(10, 2, 3, 1, 2), 1000, 2).ids[:, 0]
     assert first.tolist() == [1000 + 10 * (2 * 4 + 2), 1000 + 10 * (2 * 4 + 3)]
 
 
@@ -99,14 +113,14 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None
     """After the batches that were read before it, and as itself."""
 
     class Failing(Counting):
-        def read(self, position: int, count: int) -> np.ndarray:
-            if position >= 8:
+        def rows(self, first: int, count: int) -> Rows:
+            if first >= 2:
                 raise DataError("the tar was cut off")
-            return super().read(position, count)
+            return super().rows(first, count)
 
-    with batches(cast(Stream, Failing()), Shape(4, 1, 1, 0, 1), 0) as feed:
-        assert next(feed).tolist() == [[0, 1, 2, 3]]
-        assert next(feed).tolist() == [[4, 5, 6, 7]]
+    with batches(cast(Mixture, Failing(4)), Shape(4, 1, 1, 0, 1), 0) as feed:
+        assert next(feed).ids.tolist() == [[0, 1, 2, 3]]
+        assert next(feed).ids.tolist() == [[4, 5, 6, 7]]
         with pytest.raises(DataError, match="the tar was cut off"):
             next(feed)
     assert not loader_threads()
@@ -117,7 +131,7 @@ def test_the_thread_ends_with_the_context(taken: int) -> None:
     """Also while it waits for room, and when the consumer fails."""
 
     def consume() -> None:
-        with batches(counting, Shape(4, 1, 1, 0, 1), 0, ahead=2) as feed:
+        with batches(counting(4), Shape(4, 1, 1, 0, 1), 0, ahead=2) as feed:
             for _ in range(taken):
                 next(feed)
             assert len(loader_threads()) == 1
@@ -132,11 +146,11 @@ def test_it_reads_no_further_ahead_than_asked() -> None:
     reads: list[int] = []
 
     class Noting(Counting):
-        def read(self, position: int, count: int) -> np.ndarray:
-            reads.append(position)
-            return super().read(position, count)
+        def rows(self, first: int, count: int) -> Rows:
+            reads.append(first)
+            return super().rows(first, count)
 
-    with batches(cast(Stream, Noting()), Shape(4, 1, 1, 0, 1), 0, ahead=3) as feed:
+    with batches(cast(Mixture, Noting(4)), Shape(4, 1, 1, 0, 1), 0, ahead=3) as feed:
         next(feed)
         deadline = time.monotonic() + 5
         while len(reads) < 5 and time.monotonic() < deadline:

@@ -5,7 +5,7 @@ pytest tests/data/test_rows.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -31,15 +31,22 @@ class Documents:
         self.source_index = np.array(sources or [0] * len(self.documents), np.int32)
         self.source_names = [f"source{i}" for i in range(int(self.source_index.max(initial=0)) + 1)]
 
-    def read(self, i: int, start: int = 0, stop: int | None = None) -> bytes:
-        assert stop is not None
-        assert 0 <= start <= stop <= len(self.documents[i])
-        return self.documents[i][start:stop]
+    def read_into(
+        self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: np.ndarray, to: np.ndarray
+    ) -> None:
+        for i, start, stop, target in zip(samples, starts, stops, to, strict=True):
+            assert 0 <= start < stop <= len(self.documents[i])
+            out[target : target + stop - start] = np.frombuffer(self.documents[i][start:stop], np.uint8)
 
 
 def split_of(documents: Sequence[bytes], sources: Sequence[int] | None = None) -> Split:
     """Documents in memory, to be read as a Split."""
     return cast(Split, Documents(documents, sources))
+
+
+def row_by_row(stream: Stream, seq_len: int, rows: Iterable[int]) -> list[list[int]]:
+    """Training rows, each asked for on its own."""
+    return [stream.rows(np.array([row]), seq_len)[0][0].tolist() for row in rows]
 
 
 def concatenated(documents: Sequence[bytes], order: Sequence[int], boundary: bool) -> list[int]:
@@ -74,7 +81,7 @@ def test_any_cut_of_the_stream_is_the_naive_concatenation(
 
 @settings(max_examples=200, deadline=None)
 @given(documents=corpora, boundary=st.booleans(), data=st.data())
-def test_sources_go_with_the_ids_and_stay_in_their_epoch(documents: list[bytes], boundary: bool, data: Any) -> None:
+def test_sources_go_with_the_ids(documents: list[bytes], boundary: bool, data: Any) -> None:
     """A boundary belongs to the source of the document that it ends."""
     sources = data.draw(st.lists(st.integers(0, 3), min_size=len(documents), max_size=len(documents)))
     seed = data.draw(st.none() | st.integers(0, 9))
@@ -85,9 +92,10 @@ def test_sources_go_with_the_ids_and_stay_in_their_epoch(documents: list[bytes],
         order = range(len(documents)) if seed is None else permutation(seed, epoch, len(documents)).tolist()
         naive += [sources[i] for i in order for _ in range(len(documents[i]) + int(boundary))]
     position = data.draw(st.integers(0, len(naive) - 1))
-    count = data.draw(st.integers(0, len(naive)))
-    end = (position // stream.ids_per_epoch + 1) * stream.ids_per_epoch
-    assert stream.sources(position, count).tolist() == naive[position : min(position + count, end)]
+    count = data.draw(st.integers(0, len(naive) - position))
+    wide = count + data.draw(st.integers(0, 3))
+    found = stream.sources(np.array([position]), wide, np.array([count]))
+    assert found.tolist() == [naive[position : position + count] + [-1] * (wide - count)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,8 +108,9 @@ def test_evaluation_covers_every_id_exactly_once_in_shard_order(
     seen: list[int] = []
     for first in range(0, rows, batch):
         mine = list(range(first, min(first + batch, rows)))
-        ids, mask = evaluation_batch(stream, seq_len, mine, batch)
-        assert ids.shape == mask.shape == (batch, seq_len)
+        ids, mask, sources = evaluation_batch(stream, seq_len, mine, batch)
+        assert ids.shape == mask.shape == sources.shape == (batch, seq_len)
+        assert ((sources >= 0) == mask).all(), "packed rows have a source where they have an id"
         assert not mask[len(mine) :].any(), "rows that are not there are masked"
         seen += ids[mask].tolist()
     assert seen == concatenated(documents, range(len(documents)), boundary)
@@ -116,17 +125,20 @@ def test_training_rows_are_every_cut_of_the_stream_once(
     stream = Stream(split_of(documents), boundary=boundary, seed=seed)
     window = max(stream.ids_per_epoch // seq_len, 1)
     cuts = [stream.read(i * seq_len, seq_len).tolist() for i in range(3 * window)]
-    rows = [stream.row(i, seq_len).tolist() for i in range(3 * window)]
+    rows = row_by_row(stream, seq_len, range(3 * window))
+    together, mask = stream.rows(np.arange(3 * window), seq_len)
+    assert together.tolist() == rows
+    assert mask is None
     for first in range(0, 3 * window, window):
         assert sorted(rows[first : first + window]) == sorted(cuts[first : first + window])
     fresh = Stream(split_of(documents), boundary=boundary, seed=seed)
-    assert [fresh.row(i, seq_len).tolist() for i in reversed(range(3 * window))] == rows[::-1]
+    assert row_by_row(fresh, seq_len, reversed(range(3 * window))) == rows[::-1]
 
 
 def test_training_rows_are_shuffled_by_seed_and_window() -> None:
     stream = Stream(split_of([bytes(range(200))]), boundary=False, seed=0)
     other = Stream(split_of([bytes(range(200))]), boundary=False, seed=1)
-    order = [[int(s.row(i, 10)[0]) // 10 for i in range(40)] for s in (stream, other)]
+    order = [[row[0] // 10 for row in row_by_row(s, 10, range(40))] for s in (stream, other)]
     assert sorted(order[0][:20]) == list(range(20)) == sorted(order[0][20:])
     assert order[0][:20] != list(range(20))
     assert order[0][:20] != order[0][20:]
@@ -135,14 +147,14 @@ def test_training_rows_are_shuffled_by_seed_and_window() -> None:
 
 def test_the_last_row_is_masked_at_its_end_and_only_there() -> None:
     stream = Stream(split_of([b"\0" * 5]), boundary=True, seed=None)
-    ids, mask = evaluation_batch(stream, 4, [0, 1], 3)
+    ids, mask, _ = evaluation_batch(stream, 4, [0, 1], 3)
     assert mask.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
     assert ids[1, 1] == BOUNDARY, "zero bytes are scored like any other, the filling is told by the mask alone"
 
 
 def test_no_rows_at_all_is_a_whole_batch_of_nothing() -> None:
     """A rank without rows in the last round still takes part in the forward pass."""
-    ids, mask = evaluation_batch(Stream(split_of([b"abc"]), boundary=True, seed=None), 4, [], 2)
+    ids, mask, _ = evaluation_batch(Stream(split_of([b"abc"]), boundary=True, seed=None), 4, [], 2)
     assert ids.shape == (2, 4)
     assert not mask.any()
 
@@ -166,5 +178,58 @@ def test_of_a_real_split(shards: Any) -> None:
     documents = [split.read(i) for i in range(len(split))]
     naive = concatenated(documents, range(len(documents)), True)
     assert stream.read(0, stream.ids_per_epoch).tolist() == naive
-    assert set(stream.sources(0, stream.ids_per_epoch).tolist()) == {0, 1}
+    whole = np.array([stream.ids_per_epoch])
+    assert set(stream.sources(np.array([0]), stream.ids_per_epoch, whole).ravel().tolist()) == {0, 1}
     assert int((stream.read(0, stream.ids_per_epoch) == BOUNDARY).sum()) == len(split)
+
+
+def laid_out(documents: Sequence[bytes], order: Sequence[int], boundary: bool, align: int) -> list[int | None]:
+    """The ids of one epoch, the naive way; None where it is filled up."""
+    ids: list[int | None] = []
+    for i in order:
+        ids += [*documents[i], *([BOUNDARY] if boundary else [])]
+        ids += [None] * (-len(ids) % align)
+    return ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    documents=corpora, boundary=st.booleans(), align=st.integers(1, 6), blocks=st.integers(1, 3), seed=st.integers(0, 9)
+)
+def test_aligned_rows_are_the_naive_layout_with_fillings_masked(
+    documents: list[bytes], boundary: bool, align: int, blocks: int, seed: int
+) -> None:
+    """Every sample begins at a multiple of `align`; what fills up is masked, and targets count what is not."""
+    seq_len = align * blocks
+    stream = Stream(split_of(documents), boundary=boundary, seed=seed, align=align)
+    naive: list[int | None] = []
+    for epoch in range(3):
+        naive += laid_out(documents, permutation(seed, epoch, len(documents)).tolist(), boundary, align)
+    assert stream.ids_per_epoch * 3 == len(naive)
+    rows = np.arange(len(naive) // seq_len // 3 * 2)
+    ids, mask = stream.rows(rows, seq_len)
+    counted = np.ones(ids.shape, bool) if mask is None else mask
+    for at, row, count in zip(stream.positions(rows, seq_len).tolist(), ids.tolist(), counted.tolist(), strict=True):
+        expected = naive[at : at + seq_len]
+        assert [i if c else None for i, c in zip(row, count, strict=True)] == expected
+        assert all(i == 0 for i, c in zip(row, count, strict=True) if not c)
+    assert stream.targets(rows, seq_len) == int(counted.sum())
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents=corpora, boundary=st.booleans(), seq_len=st.integers(1, 9), batch=st.integers(1, 4))
+def test_one_sample_a_row_is_scored_once_and_whole(
+    documents: list[bytes], boundary: bool, seq_len: int, batch: int
+) -> None:
+    """Rows of one sample each: longer ones go on in the next row, nothing is dropped, no row holds two."""
+    stream = Stream(split_of(documents), boundary=boundary, seed=None, align=seq_len)
+    rows = evaluation_rows(stream, seq_len)
+    seen: list[int] = []
+    for first in range(0, rows, batch):
+        ids, mask, _ = evaluation_batch(stream, seq_len, list(range(first, min(first + batch, rows))), batch)
+        seen += ids[mask].tolist()
+        for row, counts in zip(ids, mask, strict=True):
+            ends = np.flatnonzero((row == BOUNDARY) & counts)
+            assert len(ends) <= 1
+            assert not len(ends) or not counts[ends[0] + 1 :].any()
+    assert seen == concatenated(documents, range(len(documents)), boundary)
