@@ -44,7 +44,7 @@ def audio_modality(
     """
     low, high = audio.RATES
     if not isinstance(sample_rate, int) or isinstance(sample_rate, bool) or not low <= sample_rate <= high:
-        raise ConfigError(f"--sample-rate: expected {low} to {high} Hz as a whole number, got {sample_rate!r}")
+        raise ConfigError(f"--rate: expected {low} to {high} Hz as a whole number, got {sample_rate!r}")
     if encoding not in audio.ENCODINGS:
         raise ConfigError(f"--encoding: expected {' or '.join(audio.ENCODINGS)}, got {encoding!r}")
     segment_frames = None

@@ -151,10 +151,11 @@ def merge(
     with output_errors(out), folder_lock(_folder(out), shared=part is not None):
         mark = read_mark(out)
         if (out / MANIFEST_NAME).exists():
+            manifest = load_manifest(out)  # first: of one that cannot be read nothing is said, and nothing removed
             if part is None and (mark is None or mark.get("base") is None):
                 shutil.rmtree(out / PREP_NAME, ignore_errors=True)  # killed between the last two steps
             say(f"{out} is finished already: nothing to do")
-            return load_manifest(out)
+            return manifest
         if mark is None:
             raise DataError(f"{out}: no part was read here; run mbtrain-prep text (image, audio) ... --part=i/n first")
         job = load_job(out)

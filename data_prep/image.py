@@ -55,7 +55,7 @@ def image_modality(
     if not isinstance(draft, bool):
         raise ConfigError(f"--draft: expected true or false, got {draft!r}")
     if not _is_whole(max_pixels, 1, PILLOW_MAX_PIXELS):
-        raise ConfigError(f"--max_pixels: expected a whole number from 1 to {PILLOW_MAX_PIXELS}, got {max_pixels!r}")
+        raise ConfigError(f"--max-pixels: expected a whole number from 1 to {PILLOW_MAX_PIXELS}, got {max_pixels!r}")
     options = {
         "size": size,
         "filter": filter,

@@ -208,14 +208,14 @@ class SourceConfig(_Section):
     weight    its share of the bytes that are trained on, relative to the other sources' weights; None: by its size,
               see data.temperature
     epochs    it is read at most so often, then the others share its part; None: without end
-    schedule  [[bytes, weight], ...] instead of weight: the weight that holds from so many bytes of training on
+    schedule  [[bytes, weight], ...] instead of weight: the weight that holds from so many bytes of rows on
     """
 
     path: str
     name: SourceName | None = None
     weight: Annotated[float, Field(ge=0)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]], ...] = ()
+    schedule: tuple[tuple[Annotated[int, Field(ge=0, le=2**53)], Annotated[float, Field(ge=0)]], ...] = ()
 
     @model_validator(mode="after")
     def _one_way_to_weigh(self) -> SourceConfig:
@@ -252,7 +252,7 @@ class DataConfig(_Section):
 
     path: str | None = None
     sources: tuple[SourceConfig, ...] = ()
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.1)] = 1.0
     seq_len: Positive = 1024
     rows: Literal["auto", "packed", "aligned", "sample"] = "auto"
     scan: Literal["patch", "raster"] = "patch"

@@ -103,6 +103,26 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
         stop()
 
 
+def last_step(settings: Config, mixed: Mixture, progress: Progress) -> int | None:
+    """The step that ends the run; None: only minutes do. Data that ends is a limit too, but never a silent one.
+
+    Raises:
+        ConfigError: train.steps, bytes or flops ask for more than data.sources hold by their epochs.
+    """
+    asked = config.step_limit(settings, count(settings).training_per_byte)
+    if mixed.end is None:
+        return asked
+    left = mixed.end - progress.position // settings.data.seq_len
+    last = progress.step + left // settings.train.global_batch_size
+    if last < max(asked or 1, 1):
+        raise ConfigError(
+            f"data.sources: their epochs and weights end after {mixed.end} rows of {settings.data.seq_len} bytes, at "
+            f"step {last} of {settings.train.global_batch_size} rows, expected {asked or 1} steps or more; train less, "
+            "raise epochs, or leave it out of one source"
+        )
+    return last if asked is None else asked
+
+
 def report(
     now: Session, window: Window, progress: Progress, *, lr_factor: float, grad_norm: float, done: float, flops: float
 ) -> None:
@@ -424,6 +444,7 @@ def _begin(
     progress = found.progress if found else Progress(dataset_hash=manifest_hash)
     if not progress.source_bytes:
         progress = replace(progress, source_bytes=[progress.bytes, *[0] * (len(train_sources) - 1)])
+    steps = last_step(settings, mixed, progress)
     torch.manual_seed(settings.train.seed)
     model = build(settings)
     state = checkpoint.load_state(found) if found else {}
@@ -452,6 +473,8 @@ def _begin(
         say(run, _headline(settings, ranks, environment, peak))
         for line in _source_lines(mixed):
             say(run, line)
+        if mixed.end is not None and config.step_limit(settings, count(settings).training_per_byte) is None:
+            say(run, f"data: the sources have been read as often as they may be after step {steps}: the run ends there")
     return Session(settings, run, ranks, engine, mixed, val_sources, progress, peak, stopping, shipper)
 
 

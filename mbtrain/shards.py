@@ -393,7 +393,8 @@ def _image_sizes(path: Path, table: pa.Table) -> np.ndarray:
     """Height and width of each image of an index, int32 [n, 2]."""
     values = _numbers(path, table["shape"].combine_chunks().flatten())
     shapes = values.reshape(-1, 3) if len(values) == 3 * len(table) else None
-    if shapes is None or (shapes.astype(np.int64).prod(axis=1) != _numbers(path, table["bytes"])).any():
+    fits = shapes is not None and (shapes[:, 2] == 3).all() and (shapes > 0).all()
+    if shapes is None or not fits or (shapes.astype(np.int64).prod(axis=1) != _numbers(path, table["bytes"])).any():
         raise DataError(f"{path}: an image's shape does not fit its bytes; {_PREPARE_AGAIN}")
     return shapes[:, :2]
 
@@ -467,46 +468,49 @@ class Split:
             raise IndexError(f"bytes {start}..{stop} of sample {i}, which has {length}")
         descriptor = self._descriptor(number)
         position, end = int(self._offsets[i]) + start, int(self._offsets[i]) + stop
-        data = os.pread(descriptor.number, end - position, position)
-        if len(data) == end - position:
-            return data
-        parts = [data]  # a single call reads 2 GiB at most, and may be interrupted
-        while parts[-1]:
-            position += len(parts[-1])
-            parts.append(os.pread(descriptor.number, end - position, position))
+        path = self._shard_path(number, "tar")
+        try:
+            data = os.pread(descriptor.number, end - position, position)
+            if len(data) == end - position:
+                return data
+            parts = [data]  # a single call reads 2 GiB at most, and may be interrupted
+            while parts[-1]:
+                position += len(parts[-1])
+                parts.append(os.pread(descriptor.number, end - position, position))
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read: {error.strerror}; mend its disk or network, then resume"
+            ) from None
         if position != end:
-            path = self._shard_path(number, "tar")
             raise DataError(f"{path}: cut off: sample {i} ends at byte {end}, the file at {position}; {_PREPARE_AGAIN}")
         return b"".join(parts)
 
-    def read_into(
-        self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: np.ndarray, to: np.ndarray
-    ) -> None:
-        """Read bytes starts..stops of each of these samples to `out` (uint8) from `to` on; int64 arrays, one row each.
+    def read_many(self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> bytes:
+        """Bytes starts..stops of each of these samples, end to end; int64 arrays, one row each.
 
-        Made for many short reads: what `read` does for each is done here for all at once, all but the reading.
+        Made for many short reads: what `read` does for each is done here for all at once, all but the reading. A stop
+        may lie one byte behind its sample, where a boundary goes: that byte means nothing.
 
         Raises:
-            DataError: a tar ends too early; it was cut off after it was opened.
+            DataError: a tar cannot be read, or ends too early: it was cut off after it was opened.
         """
-        numbers = np.searchsorted(self._first_rows, samples, side="right") - 1
+        numbers = (self._first_rows.searchsorted(samples, side="right") - 1).tolist()
+        shards = set(numbers)
+        if len(shards) > MAX_OPEN_SHARDS:  # in halves, so that no more of them are held open
+            half = len(samples) // 2
+            both = ((x[:half], x[half:]) for x in (samples, starts, stops))
+            return b"".join(self.read_many(*part) for part in zip(*both, strict=True))
+        held = {number: self._descriptor(number) for number in shards}
+        descriptors = [held[number].number for number in numbers]
         positions, sizes = self._offsets[samples] + starts, stops - starts
-        view = out.data
-        held: dict[int, _Descriptor] = {}
-        for i, (number, position, size, target) in enumerate(
-            zip(numbers.tolist(), positions.tolist(), sizes.tolist(), to.tolist(), strict=True)
-        ):
-            shard = held.get(number)
-            if shard is None:
-                if len(held) == MAX_OPEN_SHARDS:
-                    held.clear()
-                shard = held[number] = self._descriptor(number)
-            # and a copy: for short reads that is faster than to hand preadv a part of `out`
-            data = os.pread(shard.number, size, position)
-            if len(data) != size:
-                start = int(starts[i])  # `read` goes on where a call stopped early, or says what is wrong
-                data = self.read(int(samples[i]), start, start + size)
-            view[target : target + size] = data
+        with suppress(OSError):
+            data = b"".join(map(os.pread, descriptors, sizes.tolist(), positions.tolist()))
+            if len(data) == sizes.sum():
+                return data
+        # `read` goes on where a call stopped early or failed, or says what is wrong
+        rows = zip(samples.tolist(), starts.tolist(), np.minimum(stops, self.lengths[samples]).tolist(), strict=True)
+        parts = [self.read(*row).ljust(size, b"\0") for row, size in zip(rows, sizes.tolist(), strict=True)]
+        return b"".join(parts)
 
     def image_size(self, i: int) -> tuple[int, int]:
         """Height and width of image i, in pixels.
@@ -518,6 +522,12 @@ class Split:
             raise DataError(f"split {self.name!r}: holds {self.modality}, no images")
         height, width = self._image_sizes[i].tolist()
         return height, width
+
+    def first_image_off(self, side: int) -> int | None:
+        """The first image whose height or width, in pixels, is no multiple of `side`; None where all are."""
+        sizes = self._image_sizes
+        off = np.zeros(0, np.int64) if sizes is None else np.flatnonzero((sizes % side).any(axis=1))
+        return int(off[0]) if len(off) else None
 
     def common_image_size(self) -> tuple[int, int] | None:
         """Height and width, in pixels, where all images have the same; else None."""

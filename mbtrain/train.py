@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mbtrain import session, vocab
 from mbtrain.checkpoint import Progress
-from mbtrain.config import Config, step_limit
+from mbtrain.config import Config
 from mbtrain.data.loader import Batch, Shape, batches
 from mbtrain.data.order import mix_numbers
 from mbtrain.engine import gathered, total
@@ -70,7 +70,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
     """Steps until a limit or a signal; returns where the run stands, saved, and whether a signal ended it."""
     settings, engine, ranks = now.settings, now.engine, now.ranks
     training_flops = count(settings).training_per_byte
-    last_step = step_limit(settings, training_flops)
+    last_step = session.last_step(settings, now.mixture, now.progress)
     shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, ranks.rank, ranks.ranks)
     saved, stopped = progress, False
     window = session.Window(progress)

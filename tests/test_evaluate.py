@@ -111,14 +111,14 @@ def test_a_rank_that_cannot_read_its_part_keeps_in_step_and_raises_at_the_end(mo
 
     scored(counted, split, batch=2, reduce=sum_of_ranks)
     whole = dict(calls)
-    read_into = split.read_into
+    read_many = split.read_many
 
-    def cut_off(samples: np.ndarray, *where: np.ndarray) -> None:
+    def cut_off(samples: np.ndarray, *where: np.ndarray) -> bytes:
         if 1 in samples:
             raise DataError("1.tar: cut off")
-        read_into(samples, *where)
+        return read_many(samples, *where)
 
-    monkeypatch.setattr(split, "read_into", cut_off)
+    monkeypatch.setattr(split, "read_many", cut_off)
     with pytest.raises(DataError, match=r"1\.tar: cut off"):
         scored(counted, split, batch=2, reduce=sum_of_ranks)
     assert calls == {name: 2 * count for name, count in whole.items()}

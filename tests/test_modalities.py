@@ -5,6 +5,7 @@ pytest tests/test_modalities.py
 
 from __future__ import annotations
 
+import json
 import random
 import wave
 from pathlib import Path
@@ -18,13 +19,14 @@ from mbtrain import config, metrics
 from mbtrain.data.mixture import mixture
 from mbtrain.data.opening import open_sources
 from mbtrain.engine import parameter_groups
-from mbtrain.errors import ConfigError
+from mbtrain.errors import ConfigError, DataError
 from mbtrain.media import image
 from mbtrain.model import build
 from mbtrain.model.loss import nats
 from mbtrain.schedule import lr_factor
+from mbtrain.shards import open_split
 from mbtrain.vocab import BOUNDARY
-from tests import launch, tiny
+from tests import handmade, launch, tiny
 
 SEQ_LEN = 192  # one picture of 8 x 8 pixels
 STEPS = 6
@@ -133,6 +135,8 @@ def test_samples_come_back_as_what_they_are(sets: Path, tmp_path: Path) -> None:
     path, run = launch.config_file(tmp_path, {**tree(sets), "sample": {"bytes": 40}}), tmp_path / "run"
     launch.mbtrain(["train", str(path), f"--run={run}"])
     assert {file.suffix for file in (run / "samples").iterdir()} == {".txt", ".png", ".wav"}
+    scored = launch.last_json(launch.mbtrain(["eval", str(run), f"--data={sets / 'dots.d'}", "--json"]).stdout)
+    assert scored["bytes"] == int(open_split(sets / "dots.d", "val").lengths.sum()), "no boundaries"
     picture = sets / "dots" / "07.png"
     out = tmp_path / "half.png"
     command = ["sample", str(run), "--source=dots", f"--prompt-file={picture}", "--prompt-bytes=50%", f"--out={out}"]
@@ -187,7 +191,38 @@ def test_a_document_a_row_and_documents_that_begin_at_patches(sets: Path, tmp_pa
 def test_a_boundary_is_refused_where_none_follows(sets: Path) -> None:
     pictures = tree(sets, sources=[{"path": str(sets / "dots.d")}])
     with pytest.raises(ConfigError, match=r"data\.boundary: got true, expected false: .*dots\.d holds image samples"):
-        open_sources(config.validate(pictures), "val", seed=None)
+        open_sources(config.validate(pictures), "train", seed=0)
+
+
+def test_a_picture_that_cannot_be_scanned_is_named_at_the_start(tmp_path: Path) -> None:
+    """Not when its row comes, which may be hours later."""
+    pictures = [handmade.picture(np.full((8 - (i == 3), 8, 3), i, np.uint8)) for i in range(5)]
+    path = handmade.dataset(tmp_path / "odd", "image", {"train": [pictures], "val": [pictures[:3]]})
+    settings = tree(tmp_path, sources=[{"path": str(path)}], boundary=False)
+    with pytest.raises(DataError, match=r"odd: sample \w{32} of split 'train': 7 x 8 pixels .* blocks of 2 x 2"):
+        open_sources(config.validate(settings), "train", seed=0)
+    assert open_sources(config.validate(settings), "val", seed=None)
+    settings["data"]["scan"] = "raster"
+    assert open_sources(config.validate(settings), "train", seed=0)
+
+
+def test_data_that_ends_is_a_limit_that_is_said_at_the_start(sets: Path, tmp_path: Path) -> None:
+    """Every picture is one row and may be read twice. Asking for more is an error; without steps the run ends there."""
+    once = tree(sets, sources=[{"path": str(sets / "dots.d"), "epochs": 2}], boundary=False)
+    pictures = len(open_split(sets / "dots.d", "train"))
+    path, run = launch.config_file(tmp_path, once), tmp_path / "run"
+    refused = launch.mbtrain(["train", str(path), f"--run={run}", "--train.steps=100"], expect=None)
+    assert refused.codes[0] != 0
+    assert f"end after {2 * pictures} rows of {SEQ_LEN} bytes, at step {2 * pictures // 8} " in refused.stderr
+    assert "Traceback" not in refused.stderr
+    unlimited = ["train", str(path), f"--run={run}", "--train.steps=null", "--train.minutes=60"]
+    ended = launch.mbtrain(unlimited)
+    assert f"after step {2 * pictures // 8}: the run ends there" in ended.stderr
+    lines = metrics.read(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "val/bpb" in line] == [2 * pictures // 8]
+    assert json.loads((run / "status.json").read_text())["status"] == "FINISHED"
+    again = launch.mbtrain(["train", f"--resume={run}"])
+    assert metrics.read(run / "metrics.jsonl") == lines, again.stderr
 
 
 def test_sixteen_bits_need_even_rows(sets: Path) -> None:

@@ -10,7 +10,12 @@ from typing import Any, cast
 import pytest
 
 from mbtrain import metrics, session
+from mbtrain.checkpoint import Progress
+from mbtrain.config import Config
+from mbtrain.data.mixture import Mixture
+from mbtrain.errors import ConfigError
 from mbtrain.session import Session
+from tests import tiny
 
 
 def test_metrics_wait_in_memory_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +42,25 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pyte
     (tmp_path / "log.txt").mkdir()  # no file can be opened under this name
     session.say(tmp_path, "still here")
     assert "still here" in capsys.readouterr().err
+
+
+def test_data_that_ends_is_the_last_step_or_an_error() -> None:
+    """The place in the data counts, so that a run that was resumed with another batch ends where its data ends."""
+    asks = tiny.make(2, train={"steps": 10, "global_batch_size": 4})
+    unlimited = tiny.make(2, train={"steps": None, "minutes": 1, "global_batch_size": 4})
+
+    def last(settings: Config, end: int | None, step: int = 0, rows: int = 0) -> int | None:
+        mixed = cast(Mixture, SimpleNamespace(end=end))
+        return session.last_step(settings, mixed, Progress(step=step, position=rows * settings.data.seq_len))
+
+    assert last(asks, None) == last(asks, 40) == 10
+    assert last(unlimited, None) is None
+    assert last(unlimited, 43) == 10
+    assert last(unlimited, 43, step=5, rows=10) == 5 + 33 // 4
+    assert last(unlimited, 43, step=10, rows=40) == 10
+    for settings, end in ((asks, 39), (unlimited, 3)):
+        with pytest.raises(ConfigError, match=rf"data\.sources: .* after {end} rows of 32 bytes, at step {end // 4} "):
+            last(settings, end)
 
 
 def test_bits_per_byte_of_boundaries_alone_is_not_a_number() -> None:

@@ -3,6 +3,7 @@
 pytest tests/test_shards.py
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -165,6 +166,20 @@ def test_a_tar_that_is_cut_off_after_opening_is_named(data: Path) -> None:
     os.truncate(data / "train" / "train-000000.tar", 515)
     with pytest.raises(DataError, match=r"train-000000\.tar: cut off: sample 0"):
         split.read(0)
+
+
+def test_a_disk_that_fails_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a DataError, which all ranks are told of; an OSError would leave the others waiting in a collective."""
+    split = open_split(data, "train")
+
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"train-\d{6}\.tar: cannot be read: Input/output error"):
+        split.read(0)
+    with pytest.raises(DataError, match=r"train-\d{6}\.tar: cannot be read: Input/output error"):
+        split.read_many(np.array([0]), np.array([0]), np.array([1]))
 
 
 def test_manifest_round_trip_and_hash(data: Path, tmp_path: Path) -> None:

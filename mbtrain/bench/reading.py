@@ -72,6 +72,18 @@ def sha256(root: str) -> dict[str, Any]:
     return {"bytes": n_bytes}
 
 
+def copy(root: str, to: str) -> dict[str, Any]:
+    """Read every file below a folder into one new file, and sync it: what the disk itself allows."""
+    n_bytes = 0
+    with open(to, "wb") as out:
+        for block in blocks(_files(root, "*")):
+            n_bytes += out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+    os.unlink(to)
+    return {"bytes": n_bytes}
+
+
 def pillow(root: str, size: int) -> dict[str, Any]:
     """Every picture below a folder through `picture`; what Pillow cannot read is passed over."""
     from PIL import Image
@@ -107,8 +119,7 @@ def rows(root: str, seq_len: int, batch: int) -> dict[str, Any]:
 
 def opening(root: str, seq_len: int, batch: int) -> dict[str, Any]:
     """Open a data set and read the batch in the middle of its first epoch, as a run that goes on there."""
-    peak_start = memory("VmHWM")
-    began = time.perf_counter()
+    began, had_read = time.perf_counter(), _bytes_read()
     import pyarrow.parquet  # noqa: F401
 
     imported = time.perf_counter()
@@ -116,13 +127,13 @@ def opening(root: str, seq_len: int, batch: int) -> dict[str, Any]:
     opened = time.perf_counter()
     shape = Shape(seq_len, batch, accumulation=1, rank=0, ranks=1)
     middle = mixture.sources[0].stream.ids_per_epoch // 2 // shape.step_ids * shape.step_ids
-    micro_batch(mixture, shape, middle, 0)
+    micro_batch(mixture, shape, middle, 0, shape.step_ids)
     return {
         "import_s": imported - began,
         "open_s": opened - imported,
         "resume_s": time.perf_counter() - opened,
         "peak_bytes": memory("VmHWM"),
-        "peak_bytes_before": peak_start,
+        "read_bytes": _bytes_read() - had_read,
     }
 
 
@@ -149,6 +160,11 @@ def memory(line: str) -> int:
     return int(kib) * 1024
 
 
+def _bytes_read() -> int:
+    """Bytes that this process has read so far, from wherever."""
+    return int(Path("/proc/self/io").read_text(encoding="ascii").split()[1])
+
+
 _files = cache(files)
 _mixture = cache(mixture_of)
 _next_row: dict[tuple[str, int], int] = {}
@@ -159,6 +175,7 @@ if __name__ == "__main__":
         lambda: {
             "read": read,
             "sha256": sha256,
+            "copy": copy,
             "pillow": pillow,
             "webdataset": webdataset,
             "rows": rows,

@@ -55,12 +55,11 @@ class Batch:
     targets: int
 
 
-def micro_batch(mixture: Mixture, shape: Shape, position: int, micro_step: int) -> Batch:
-    """This rank's rows in one micro-step of the optimizer step that begins at `position` (in ids)."""
-    start = position // shape.seq_len
-    first = start + (micro_step * shape.ranks + shape.rank) * shape.micro
+def micro_batch(mixture: Mixture, shape: Shape, position: int, micro_step: int, targets: int) -> Batch:
+    """This rank's rows in one micro-step of the optimizer step that begins at `position` (in ids) and has `targets`."""
+    first = position // shape.seq_len + (micro_step * shape.ranks + shape.rank) * shape.micro
     rows = mixture.rows(first, shape.micro)
-    return Batch(rows.ids, rows.mask, rows.sources, mixture.targets(start, shape.step_rows))
+    return Batch(rows.ids, rows.mask, rows.sources, targets)
 
 
 @contextmanager
@@ -85,8 +84,9 @@ def batches(mixture: Mixture, shape: Shape, position: int, ahead: int = 4) -> It
         at = position
         try:
             while True:
+                targets = mixture.targets(at // shape.seq_len, shape.step_rows)
                 for micro_step in range(shape.accumulation):
-                    if not put(micro_batch(mixture, shape, at, micro_step)):
+                    if not put(micro_batch(mixture, shape, at, micro_step, targets)):
                         return
                 at += shape.step_ids
         except BaseException as error:

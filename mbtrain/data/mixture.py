@@ -20,6 +20,7 @@ from mbtrain.data.rows import Stream
 from mbtrain.errors import DataError
 
 CYCLE = 1 << 16
+LARGEST_CAP = 1 << 40  # rows; nobody reads more, and CYCLE times as many still fit in 64 bits
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Mixture:
                 f"{self.seq_len} bytes; raise epochs, or train less"
             )
         rows = np.arange(first, first + count, dtype=np.int64)
+        if len(self.sources) == 1:
+            return np.zeros(count, np.int64), rows
         of, index = np.empty(count, np.int64), np.empty(count, np.int64)
         starts = np.array([phase.first for phase in self.phases])
         numbers = np.searchsorted(starts, rows, side="right") - 1
@@ -136,7 +139,8 @@ def mixture(data: DataConfig, streams: Sequence[tuple[str, Stream]]) -> Mixture:
         given = source.schedule or ((0, natural if source.weight is None else source.weight),)
         row_bytes = stream.bytes_per_epoch / rows_per_epoch
         weights = tuple((-(-start // seq_len), weight / row_bytes) for start, weight in given)
-        largest = None if source.epochs is None else max(math.floor(source.epochs * rows_per_epoch), 1)
+        most = math.inf if source.epochs is None else source.epochs * rows_per_epoch
+        largest = max(math.floor(most), 1) if most < LARGEST_CAP else None
         sources.append(Source(name, stream, weights, largest))
     return Mixture(sources, seq_len)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mbtrain.config import Config, SourceConfig, source_paths
 from mbtrain.data.rows import Stream
-from mbtrain.errors import ConfigError
+from mbtrain.errors import ConfigError, DataError
 from mbtrain.shards import Manifest, Split, dataset_hash, load_manifest, open_split
 
 FULL_CHECK_BYTES = 16 << 30  # data.check auto: larger splits are compared by file sizes alone
@@ -39,13 +39,17 @@ def open_sources(
         DataError: no such split, or it holds no bytes; a file is missing, cut off, changed or not as its manifest says.
     """
     manifests = [(source, load_manifest(source.path)) for source in settings.data.mixture]
-    _check_boundary(settings, manifests)
+    if seed is not None:  # a mixture with text may be scored on its pictures alone
+        _check_boundary(settings, manifests)
     opened = []
     for source, manifest in manifests:
         small = split in manifest.splits and manifest.splits[split].bytes <= FULL_CHECK_BYTES
         full = check == "full" or (check == "auto" and small)
         samples = open_split(source.path, split, "full" if full else "size")
-        opened.append(Opened(source.label, samples, _stream(settings, samples, seed)))
+        try:
+            opened.append(Opened(source.label, samples, _stream(settings, samples, seed)))
+        except DataError as error:
+            raise DataError(f"{source.path}: {error}") from None
     return opened
 
 

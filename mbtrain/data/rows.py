@@ -57,7 +57,7 @@ class Pieces:
 class Stream:
     """Rows of one split, endless in shuffled order (seed given), or one pass in shard order (seed None).
 
-    Not for several threads at once: it keeps orders and a buffer.
+    Not for several threads at once: it keeps orders.
 
     boundary   id 256 after each sample
     align      each sample begins at a multiple of so many ids
@@ -79,9 +79,10 @@ class Stream:
         self.ids_per_epoch = int(self._sizes(split.lengths).sum())
         if self.bytes_per_epoch == 0:
             raise DataError(f"split {split.name!r}: no bytes in this split; prepare it with a larger share of the data")
+        if self.patches is not None:
+            self._check_blocks(self.patches)
         self._epochs: dict[int, Epoch] = {}
         self._windows: dict[tuple[int, int], np.ndarray] = {}
-        self._scratch = np.empty(0, np.uint8)
 
     def epoch(self, number: int) -> Epoch:
         """The order of one epoch; the two last made are kept, since a window of rows touches two."""
@@ -127,31 +128,23 @@ class Stream:
         wanted = np.full(len(at), seq_len, np.int64) if counts is None else np.asarray(counts, np.int64)
         pieces = self._pieces(at, wanted, seq_len)
         lengths = self.split.lengths[pieces.sample]
-        content = self._room(len(at) * seq_len)
-        stops = np.minimum(pieces.last, lengths)
-        some = stops > pieces.first
-        columns = (pieces.sample, pieces.first, stops, pieces.to)
-        sample, first, stop, to = columns if some.all() else (column[some] for column in columns)
-        if self.patches is None:
-            self.split.read_into(sample, first, stop, content, to)
-        else:
-            self._read_scanned(sample, first, stop, content, to)
-        ids = content.astype(np.int16)
-        if self.boundary:
-            ends = (pieces.first <= lengths) & (lengths < pieces.last)
-            ids[pieces.to[ends] + (lengths - pieces.first)[ends]] = vocab.BOUNDARY
-        if self.align == 1 and counts is None:  # nothing is filled up
-            return ids.reshape(len(at), seq_len), None
-        used = np.clip(lengths + int(self.boundary) - pieces.first, 0, pieces.last - pieces.first)
-        filling = pieces.last - pieces.first - used
-        short = np.flatnonzero(wanted < seq_len)
+        stops = np.clip(lengths + int(self.boundary), pieces.first, pieces.last)  # what follows is filling
+        read = self.split.read_many if self.patches is None else self._read_scanned
+        content = np.frombuffer(read(pieces.sample, pieces.first, stops), np.uint8)
         mask: np.ndarray | None = None
-        if len(short) or filling.any():
-            mask = np.ones(len(ids), bool)
-            mask[_ranges(pieces.to + used, filling)] = False
+        if len(content) == len(at) * seq_len:
+            ids = content.astype(np.int16)
+        else:
+            mask = np.ones(len(at) * seq_len, bool)
+            short = np.flatnonzero(wanted < seq_len)
             mask[_ranges(short * seq_len + wanted[short], seq_len - wanted[short])] = False
-            ids[~mask] = 0
+            mask[_ranges(pieces.to + stops - pieces.first, pieces.last - stops)] = False
+            ids = np.zeros(len(mask), np.int16)
+            ids[mask] = content
             mask = mask.reshape(len(at), seq_len)
+        if self.boundary:
+            ends = np.flatnonzero((lengths < stops) & (pieces.first < stops))
+            ids[(pieces.to + stops - pieces.first)[ends] - 1] = vocab.BOUNDARY
         return ids.reshape(len(at), seq_len), mask
 
     def sources(self, at: np.ndarray, seq_len: int, counts: np.ndarray) -> np.ndarray:
@@ -171,12 +164,6 @@ class Stream:
         ids = lengths + int(self.boundary)
         return ids if self.align == 1 else -(-ids // self.align) * self.align
 
-    def _room(self, size: int) -> np.ndarray:
-        """A buffer of uint8 for the bytes read, used again: fresh memory costs a page fault every 4 KiB."""
-        if len(self._scratch) < size:
-            self._scratch = np.empty(size, np.uint8)
-        return self._scratch[:size]
-
     def _window(self, number: int, rows: int) -> np.ndarray:
         if (number, rows) not in self._windows:
             kept = list(self._windows.items())[-1:]
@@ -191,48 +178,53 @@ class Stream:
         while len(at):  # once for each epoch that a row reaches into; nearly always once
             numbers, within = np.divmod(at, self.ids_per_epoch)
             here = np.minimum(counts, self.ids_per_epoch - within)
-            distinct = set(numbers.tolist())
-            for number in distinct:
-                of = numbers == number if len(distinct) > 1 else slice(None)
+            for number in set(numbers.tolist()):
+                of = numbers == number
                 found.append(self._in_epoch(self.epoch(number), within[of], here[of], to[of]))
-            rest = np.flatnonzero(counts > here)
+            rest = counts > here
             at, counts, to = (at + here)[rest], (counts - here)[rest], (to + here)[rest]
         if len(found) == 1:
             return found[0]
-        both = [
-            np.concatenate(parts) for parts in zip(*((p.sample, p.first, p.last, p.to) for p in found), strict=True)
-        ]
-        return Pieces(*both) if both else Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
+        if not found:
+            return Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
+        columns = zip(*((p.sample, p.first, p.last, p.to) for p in found), strict=True)
+        sample, first, last, to = (np.concatenate(column) for column in columns)
+        order = np.argsort(to, kind="stable")
+        return Pieces(sample[order], first[order], last[order], to[order])
 
     def _in_epoch(self, epoch: Epoch, at: np.ndarray, counts: np.ndarray, to: np.ndarray) -> Pieces:
-        begin = np.searchsorted(epoch.ends, at, side="right")
+        begin = epoch.ends.searchsorted(at, side="right")
         # samples that a row touches; none, where it is empty
-        number = np.maximum(np.searchsorted(epoch.ends, at + counts - 1, side="right") - begin + 1, 0)
-        row = np.repeat(np.arange(len(at)), number)
-        i = begin[row] + np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
+        number = np.maximum(epoch.ends.searchsorted(at + counts - 1, side="right") - begin + 1, 0)
+        row = np.arange(len(at)).repeat(number)
+        i = np.arange(len(row)) + (begin - number.cumsum() + number)[row]
         sample = epoch.order[i].astype(np.int64)
         starts = epoch.ends[i] - self._sizes(self.split.lengths[sample])
         first = np.maximum(at[row], starts)
         last = np.minimum(at[row] + counts[row], epoch.ends[i])
         return Pieces(sample, first - starts, last - starts, to[row] + first - at[row])
 
-    def _read_scanned(
-        self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: np.ndarray, to: np.ndarray
-    ) -> None:
-        """As Split.read_into, for images in patch scan: an image is read whole."""
+    def _check_blocks(self, patches: Sequence[int]) -> None:
+        """Raise DataError if an image cannot be scanned: at the start, not when its row comes, hours later."""
+        side = scan.block_sides(patches)[0]
+        if (i := self.split.first_image_off(side)) is not None:
+            height, width = self.split.image_size(i)
+            raise DataError(
+                f"sample {self.split.key(i)} of split {self.split.name!r}: {height} x {width} pixels are no whole "
+                f"number of blocks of {side} x {side}; prepare the images with --size, choose another "
+                "model.stages.0.patch_size, or set data.scan=raster"
+            )
+
+    def _read_scanned(self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """As Split.read_many, for images in patch scan: an image is read whole."""
         assert self.patches is not None
-        columns = (samples.tolist(), starts.tolist(), stops.tolist(), to.tolist())
-        for sample, start, stop, target in zip(*columns, strict=True):
-            height, width = self.split.image_size(sample)
-            try:
-                order = scan.order(height, width, self.patches)
-            except ValueError as error:
-                raise DataError(
-                    f"sample {self.split.key(sample)} of split {self.split.name!r}: {error}; prepare the images with "
-                    "--size, choose another model.stages.0.patch_size, or set data.scan=raster"
-                ) from None
-            raster = np.frombuffer(self.split.read(sample), np.uint8)
-            out[target : target + stop - start] = raster[order[start:stop]]
+        out = np.zeros(int((stops - starts).sum()), np.uint8)
+        to = 0
+        for sample, start, stop in zip(samples.tolist(), starts.tolist(), stops.tolist(), strict=True):
+            part = scan.order(*self.split.image_size(sample), self.patches)[start:stop]
+            out[to : to + len(part)] = np.frombuffer(self.split.read(sample), np.uint8)[part]
+            to += stop - start
+        return out
 
 
 def evaluation_rows(stream: Stream, seq_len: int, limit_bytes: int | None = None) -> int:

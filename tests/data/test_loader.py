@@ -63,7 +63,7 @@ def test_ranks_parts_are_disjoint_and_cover_the_step(
     parts = []
     for rank in range(ranks):
         shape = Shape(seq_len, micro, accumulation, rank, ranks)
-        parts += [micro_batch(counting(seq_len), shape, position, m).ids for m in range(accumulation)]
+        parts += [micro_batch(counting(seq_len), shape, position, m, 0).ids for m in range(accumulation)]
         assert all(part.shape == (micro, seq_len) for part in parts)
     ids = np.concatenate(parts).ravel()
     assert shape.step_ids == len(ids)
@@ -77,7 +77,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_cut(cuts: Any) -> None:
     steps = []
     for ranks, micro, accumulation in cuts:
         rows = [
-            micro_batch(counting(5), Shape(5, micro, accumulation, rank, ranks), 60, m).ids
+            micro_batch(counting(5), Shape(5, micro, accumulation, rank, ranks), 60, m, 0).ids
             for rank in range(ranks)
             for m in range(accumulation)
         ]
@@ -101,7 +101,7 @@ def test_batches_from_a_position_are_the_tail_of_batches_from_0(step: int, rank:
 
 def test_the_layout_is_the_documented_one() -> None:
     """Micro-step m of rank r reads rows m (ranks micro) + r micro + [0, micro): pinned."""
-    first = micro_batch(counting(10), Shape(10, 2, 3, 1, 2), 1000, 2).ids[:, 0]
+    first = micro_batch(counting(10), Shape(10, 2, 3, 1, 2), 1000, 2, 0).ids[:, 0]
     assert first.tolist() == [1000 + 10 * (2 * 4 + 2), 1000 + 10 * (2 * 4 + 3)]
 
 

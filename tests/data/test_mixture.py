@@ -156,6 +156,15 @@ def test_when_all_have_ended_it_says_so() -> None:
         made.place(15, 6)
 
 
+def test_caps_and_exponents_beyond_all_numbers() -> None:
+    """A cap that nobody reaches is none; what would overflow is refused by the configuration."""
+    assert mix([{"epochs": 1e300}], [4]).end is None
+    assert mix([{"epochs": 1e9}], [40]).end == 10**11
+    for broken in ({"temperature": 1e-3}, {"sources": [{"path": "x", "schedule": [(0, 1), (10**30, 2)]}]}):
+        with pytest.raises(ValueError, match=r"less than or equal|greater than or equal"):
+            DataConfig(**{"sources": [{"path": "x"}], **broken})
+
+
 def test_no_weight_at_all_is_refused() -> None:
     with pytest.raises(DataError, match="no source has a weight above zero"):
         mix([{"weight": 0}, {"weight": 0}], [4, 4])

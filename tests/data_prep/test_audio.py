@@ -143,7 +143,7 @@ def test_the_modality_says_what_it_does() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sample_rate": 999}, "--sample-rate: expected 1000 to 768000 Hz as a whole number, got 999"),
+        ({"sample_rate": 999}, "--rate: expected 1000 to 768000 Hz as a whole number, got 999"),
         ({"sample_rate": 16000.0}, "got 16000.0"),
         ({"sample_rate": True}, "got True"),
         ({"encoding": "mulaw"}, "--encoding: expected pcm16 or mulaw8, got 'mulaw'"),

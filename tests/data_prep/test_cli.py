@@ -5,6 +5,7 @@ pytest tests/data_prep/test_cli.py
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -124,7 +125,9 @@ def test_options_reach_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture)
         (["image", "{notes}", "--out={out}", "--split-bytes=5"], "--split-bytes: no such option"),
         (["image", "{notes}", "--out={out}", "--size=0"], "--size: expected"),
         (["image", "{notes}", "--out={out}", "--size=big"], "--size: expected"),
+        (["image", "{notes}", "--out={out}", "--max-pixels=10000000000"], "--max-pixels: expected"),
         (["audio", "{notes}", "--out={out}", "--rate=fast"], "--rate: expected"),
+        (["audio", "{notes}", "--out={out}", "--rate=5"], "--rate: expected"),
         (["audio", "{notes}", "--out={out}", "--segment=0"], "segment"),
         (["audio", "{notes}", "--out={out}", "--encoding=mp3"], "encoding"),
         (["merge"], "DIR: expected one folder of a data set, got 0"),
@@ -209,16 +212,19 @@ def test_the_module_is_the_command_and_works_in_processes(notes: Path, tmp_path:
 
 
 @pytest.mark.parametrize("verb", sorted(cli.PROGRAM.verbs))
-def test_every_help_text_names_every_option(verb: str, capsys: pytest.CaptureFixture) -> None:
+def test_every_help_text_lists_the_options_that_are_accepted(verb: str, capsys: pytest.CaptureFixture) -> None:
     assert run(verb, "x", "y", "--no-such=1") == 2
-    options = capsys.readouterr().err.partition("expected one of ")[2].split(", ")
-    assert "--json" in [option.strip() for option in options]
+    accepted = {name.strip() for name in capsys.readouterr().err.partition("expected one of ")[2].split(", ")}
+    assert "--json" in accepted
     assert run(verb, "--help") == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"mbtrain-prep {verb} ")
     assert "{" not in shown.replace('{"', "")
-    for option in options:
-        assert option.strip() in shown
+    # in the list of options, or on the first line: those in prose and examples may be of other verbs
+    first, *lines = shown.splitlines()
+    listed = [first, *(line for line in lines if line.lstrip().startswith("--"))]
+    told = {name for line in listed for name in re.findall(r"(?:^|[ \[])(--[a-z-]+)(?=[=: \]]|$)", line)}
+    assert told == accepted
     assert f"mbtrain-prep {verb} " in shown.partition("Example")[2]
     assert max(map(len, shown.splitlines())) <= 120
     assert run("--help") == 0
@@ -242,6 +248,18 @@ def test_parts_merge_and_append(notes: Path, tmp_path: Path, capsys: pytest.Capt
     assert run("append", out, more, "--workers=1", "--strict", "--json") == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (figures["found"], figures["samples"], figures["duplicates"], figures["rejected"]) == (24, 21, 2, 1)
+
+
+def test_merge_says_nothing_good_of_a_damaged_manifest(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert run("text", notes, f"--out={out}", "--workers=1") == 0
+    (out / "manifest.json").write_text("")
+    capsys.readouterr()
+    assert run("merge", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "manifest.json: cut off or not JSON" in line
 
 
 def test_filters_are_counted_as_sound_but_unwanted(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

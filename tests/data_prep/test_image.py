@@ -219,8 +219,8 @@ def test_any_header(data: bytes) -> None:
         ({"size": 64, "filter": "area"}, "--filter"),
         ({"size": 64, "filter": ["box"]}, "--filter"),
         ({"size": 64, "draft": 1}, "--draft"),
-        ({"size": None, "max_pixels": 0}, "--max_pixels"),
-        ({"size": None, "max_pixels": 10**9}, "--max_pixels"),
+        ({"size": None, "max_pixels": 0}, "--max-pixels"),
+        ({"size": None, "max_pixels": 10**9}, "--max-pixels"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], key: str) -> None:
