@@ -106,7 +106,7 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
     shape = Shape(t, settings.train.global_batch_size, accumulation=1, rank=0, ranks=1)
     updates, began = 0, time.process_time()
     while (spent := time.process_time() - began) < cpu_seconds:
-        ids = torch.from_numpy(micro_batch(rows, shape, updates * shape.step_ids, 0).ids).long()
+        ids = torch.from_numpy(micro_batch(rows, shape, updates * shape.step_ids, 0, shape.step_ids).ids).long()
         lost = step(ids, lr_factor(settings.optim, updates, spent / cpu_seconds))
         updates += 1
         if not math.isfinite(lost):
