@@ -92,7 +92,7 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
     try:
         with _signals_noted(stopping), ExitStack() as held:
             sources = on_all_ranks(lambda: _open_sources(settings, ranks))
-            found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, held), ranks)
+            found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
             ours = True
             yield _begin(settings, run, ranks, sources, found, stopping)
     except BaseException as error:
@@ -366,9 +366,10 @@ def _attempt(make: Callable[[], str], ranks: Ranks) -> tuple[str, str | None]:
 def _open_sources(settings: Config, ranks: Ranks) -> tuple[list[Opened], list[Opened]]:
     """Training and validation sources. Every host reads the shards in full once; its other ranks look at sizes."""
     data = settings.data
-    for key, name in (("data.train_split", data.train_split), ("data.val_split", data.val_split)):
-        for _, path in config.source_paths(settings):
-            if name not in (known := load_manifest(path).splits):
+    for _, path in config.source_paths(settings):
+        known = load_manifest(path).splits
+        for key, name in (("data.train_split", data.train_split), ("data.val_split", data.val_split)):
+            if name not in known:
                 raise ConfigError(f"{key}: got {name!r}, expected one of {', '.join(known)} in {path}")
     check = data.check if ranks.local_rank == 0 else "size"
     train = open_sources(settings, data.train_split, seed=settings.train.seed, check=check)
@@ -376,14 +377,15 @@ def _open_sources(settings: Config, ranks: Ranks) -> tuple[list[Opened], list[Op
     return train, open_sources(settings, data.val_split, seed=None, check=again)
 
 
-def _take_up(settings: Config, run: Path, resume: bool, ranks: Ranks, held: ExitStack) -> Checkpoint | None:
+def _take_up(
+    settings: Config, run: Path, resume: bool, ranks: Ranks, manifest_hash: str, held: ExitStack
+) -> Checkpoint | None:
     """Make the run directory or take it up, alone; returns the checkpoint to go on from. Acts on rank 0."""
     if settings.train.precision == "fp16" and ranks.device.type == "cpu":
         raise ConfigError("train.precision: got fp16, expected fp32, bf16 or autocast on CPU (fp16 needs a GPU)")
     exists = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
     if exists and not resume:
         raise ConfigError(f"--run={run}: holds a run already; go on with --resume={run} or choose another folder")
-    manifest_hash = data_hash(settings)
     run.mkdir(parents=True, exist_ok=True)
     lock = held.enter_context((run / ".lock").open("w"))
     try:
@@ -439,7 +441,7 @@ def _begin(
     stopping: list[int],
 ) -> Session:
     train_sources, val_sources = sources
-    manifest_hash = data_hash(settings)
+    manifest_hash = data_hash(train_sources)
     mixed = mixture(settings.data, [(source.name, source.stream) for source in train_sources])
     progress = found.progress if found else Progress(dataset_hash=manifest_hash)
     if not progress.source_bytes:

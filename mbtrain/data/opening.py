@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mbtrain.config import Config, SourceConfig, source_paths
+from mbtrain.config import Config, SourceConfig
 from mbtrain.data.rows import Stream
 from mbtrain.errors import ConfigError, DataError
 from mbtrain.shards import Manifest, Split, dataset_hash, load_manifest, open_split
@@ -53,9 +53,9 @@ def open_sources(
     return opened
 
 
-def data_hash(settings: Config) -> str:
-    """Sha256 (hex): equal exactly when every file of every source is equal. Raises DataError."""
-    hashes = [dataset_hash(load_manifest(path)) for _, path in source_paths(settings)]
+def data_hash(opened: list[Opened]) -> str:
+    """Sha256 (hex): equal exactly when every file of every source is equal, whichever split of them is open."""
+    hashes = [dataset_hash(source.split.manifest) for source in opened]
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
