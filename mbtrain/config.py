@@ -289,6 +289,9 @@ class TrainConfig(_Section):
                                   stage 0: fp32 weights under autocast); autocast: fp32 weights, bf16 products; fp16
     activation_checkpointing      recompute each block in the backward pass: less memory, a third more work
     compile                       torch.compile the blocks; off: on CPU it gained 5 % for a minute and a half of waiting
+    sequence_parallel             ranks that share each row, every one with its own patches: activations a rank fall in
+                                  proportion. The coarsest stage exchanges heads for positions (Ulysses)
+    lost_after_s                  a rank that has given no sign of life for so long is lost, and all others stop
     """
 
     steps: Positive | None = None
@@ -302,6 +305,8 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "autocast", "fp16"] = "bf16"
     activation_checkpointing: bool = False
     compile: bool = False
+    sequence_parallel: Positive = 1
+    lost_after_s: Annotated[float, Field(ge=5)] = 60.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
@@ -351,12 +356,31 @@ class EvalConfig(_Section):
 class CheckpointConfig(_Section):
     """When to save. A checkpoint is also written at the end and at SIGTERM.
 
-    keep_last   so many newest checkpoints stay; older ones are removed after a newer one is whole
+    keep_last          so many newest checkpoints stay; older ones are removed after a newer one is whole
+    keep_every_steps   those of every so many steps stay for good
     """
 
     every_steps: Positive | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
     keep_last: Positive = 2
+    keep_every_steps: Positive | None = None
+
+
+class GuardConfig(_Section):
+    """What happens at a bad step: a loss or gradient that is not finite, or a loss that spikes.
+
+    policy   stop: all ranks end before the update; skip: no update, the batch is stepped over; rewind: weights and
+             moments of the last good checkpoint are put back and the data since then is stepped over
+    spike    a loss further above the mean of the last `window` losses than so many of their standard deviations is
+             bad; None: only one that is not finite
+    window   losses that the mean and deviation are of; before half of them are there, no loss counts as a spike
+    limit    after so many bad steps within the last `window` steps the run stops, whatever the policy
+    """
+
+    policy: Literal["stop", "skip", "rewind"] = "stop"
+    spike: Annotated[float, Field(gt=0)] | None = None
+    window: Annotated[int, Field(ge=4)] = 64
+    limit: Positive = 5
 
 
 class SampleConfig(_Section):
@@ -407,6 +431,7 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
 
@@ -417,6 +442,15 @@ class Config(_Section):
             _fail("data.seq_len", self.data.seq_len, f"a multiple of model.stages.0.patch_size = {coarsest}")
         if self.model.isolate_documents and not self.data.boundary:
             _fail("model.isolate_documents", True, "false where data.boundary is false: no id says where documents end")
+        sequence = self.train.sequence_parallel
+        if coarsest * sequence > self.data.seq_len or (self.data.seq_len // coarsest) % sequence:
+            allowed = f"a divisor of the row's patches, {self.data.seq_len // coarsest}"
+            _fail("train.sequence_parallel", sequence, allowed)
+        if self.model.stages[0].n_heads % sequence:
+            allowed = f"a divisor of model.stages.0.n_heads = {self.model.stages[0].n_heads}"
+            _fail("train.sequence_parallel", sequence, allowed)
+        if sequence > 1 and self.model.block.token_shift:
+            _fail("train.sequence_parallel", sequence, "1 with model.block.token_shift, which looks at the patch before")
         micro = self.train.micro_batch_size
         if micro is not None and self.train.global_batch_size % micro:
             allowed = f"a divisor of train.global_batch_size = {self.train.global_batch_size}"
@@ -436,15 +470,20 @@ def source_paths(config: Config) -> list[tuple[str, str]]:
 def batch_shape(config: Config, world_size: int) -> tuple[int, int]:
     """(micro_batch_size, gradient_accumulation_steps) on so many ranks.
 
+    Ranks that share their rows (train.sequence_parallel) count as one here.
     Raises ConfigError when the global batch cannot be cut evenly: a silently different batch is another experiment.
     """
-    rows = config.train.global_batch_size
-    if rows % world_size:
-        _fail("train.global_batch_size", rows, f"a multiple of the number of ranks, {world_size}")
-    per_rank = rows // world_size
+    rows, sequence = config.train.global_batch_size, config.train.sequence_parallel
+    if world_size % sequence:
+        _fail("train.sequence_parallel", sequence, f"a divisor of the number of ranks, {world_size}")
+    readers = world_size // sequence
+    if rows % readers:
+        what = "ranks" if sequence == 1 else f"groups of {sequence} ranks"
+        _fail("train.global_batch_size", rows, f"a multiple of the number of {what}, {readers}")
+    per_rank = rows // readers
     micro = min(config.train.micro_batch_size or per_rank, per_rank)
     if per_rank % micro:
-        allowed = f"a divisor of global_batch_size / ranks = {rows} / {world_size} = {per_rank}"
+        allowed = f"a divisor of global_batch_size / ranks = {rows} / {readers} = {per_rank}"
         _fail("train.micro_batch_size", micro, allowed)
     return micro, per_rank // micro
 
