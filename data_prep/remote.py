@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from data_prep.wording import reason_of
 from mbtrain.errors import DataError
+from mbtrain.redact import without_password
 
 # Protocols that are followed, and what is to be installed for each.
 PROTOCOLS = {
@@ -117,8 +118,8 @@ def open_remote(url: str, size: int, count: Callable[[int], None]) -> io.RawIOBa
 
 
 def shown(url: str) -> str:
-    """A URL less its query, which may hold a signature that gives access."""
-    return _without_query(url)
+    """A URL less its query, which may hold a signature that gives access, and less a password."""
+    return _without_query(without_password(url))
 
 
 def _without_query(url: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mbtrain.redact import redact
+
 _SHOWN_CHARACTERS = 400
 
 
@@ -15,4 +17,4 @@ def printable(text: str) -> str:
 def reason_of(error: Exception) -> str:
     """What an error says; of one of the system, without number and path; of one that says nothing, what it is."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return printable(" ".join(text.split())) or type(error).__name__
+    return printable(" ".join(redact(text).split())) or type(error).__name__

@@ -25,7 +25,8 @@ def train(*config: str, run: str = "", resume: str = "", json: str = "", **overr
                             CONFIG may be left out then: the run's own configuration is taken
       --json                last line on stdout: {"run", "step", "val/bpb", "status"}
 
-    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step at hand, then end with exit status 143.
+    SIGTERM, SIGUSR1, Ctrl-C and a file RUN/stop save a checkpoint after the step at hand, then end with exit status
+    143. A rank that is lost ends the others with status 75 and its name: --resume goes on, on any number of ranks.
 
     Examples:
       mbtrain train configs/quickstart.yaml
@@ -50,6 +51,7 @@ def train(*config: str, run: str = "", resume: str = "", json: str = "", **overr
     path = config[0] if config else str(Path(run) / "config.yaml")
     settings = configuration.load(path, {key: str(value) for key, value in overrides.items()})
     configuration.batch_shape(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost rank is forty lines of addresses
 
     from mbtrain.train import train as train_model
 
@@ -265,7 +267,7 @@ def flops(*config: str, json: str = "", **overrides: str) -> None:
 
 
 def bench(*what: str, json: str = "", **options: str) -> None:
-    """mbtrain bench train|quality|generate|deepspeed|data [--config=FILE] [--peer=PYTHON] [options] [--json]
+    """mbtrain bench WHAT [--config=FILE] [--peer=PYTHON] [options] [--json]
 
     Measures against MEGABYTE-pytorch 0.3.6 in an environment of its own (launch/peer.sh makes it and prints PYTHON).
 
@@ -273,6 +275,10 @@ def bench(*what: str, json: str = "", **options: str) -> None:
       quality    bits per byte after equal minutes, the peer by its own script's recipe
       generate   bytes/s of one sequence of 1,024 bytes
       deepspeed  a step under DeepSpeed ZeRO-1 against the same step in a bare torch loop
+      saving     what checkpoints cost a training that goes on while they are written
+      sequence   memory and time of one long row, forward and backward, on 1, 2 and 4 ranks that share it
+                 --seq=BYTES --ranks=1,2,4   the row, and on how many ranks           (65536; all three)
+                 --steps=N   steps that are timed, after the first, whose memory is measured         (2)
       data       data prep, loading and opening, against Pillow, webdataset's reader and the raw read of the same files
                  --parts=text,images,loading,opening,memory,training   some of these                      (all)
                  --text=DIR --images=DIR   prepare what is there                    (texts and pictures it makes)
@@ -320,6 +326,209 @@ def sync(*run: str, uri: str = "", json: str = "", **unknown: str) -> None:
     finish(figures, as_json)
 
 
+def supervise(
+    *config: str,
+    run: str = "",
+    hostfile: str = "",
+    ranks: str = "",
+    restarts: str = "3",
+    **overrides: str,
+) -> None:
+    """mbtrain supervise CONFIG [--run=DIR] [--hostfile=FILE] [--ranks=N] [--restarts=3] [--section.key=value ...]
+
+    Keeps `mbtrain train` going: launches it by deepspeed, and after a crash ends what is left of it on every host and
+    launches it again from the newest whole checkpoint. With a hostfile every host is asked over ssh before each start;
+    the run goes on with those that answer, on as many ranks as cut the global batch evenly, and uses a lost host again
+    at the next restart after it is back. RUN must be the same folder on all hosts.
+
+      --run=DIR         the run directory; begun, or gone on with                            (runs/<name>)
+      --hostfile=FILE   lines NAME slots=N                                                   (this machine alone)
+      --ranks=N         at most so many ranks in all          (one a slot; without hostfile one a GPU, or one)
+      --restarts=N      end with exit status 1 when so many restarts in a row brought no newer checkpoint      (3)
+
+    SIGTERM and Ctrl-C let the ranks save and end, a second one ends them at once. Exit status: 0 finished, 1 no
+    progress, 2 a mistake that another start would not mend, 143 stopped.
+
+    Examples:
+      mbtrain supervise configs/quickstart.yaml --ranks=2
+      bash launch/supervise --hostfile=hosts configs/quickstart.yaml --run=/shared/runs/first
+    """
+    unknown = [key for key in overrides if "." not in key and key != "name"]
+    if unknown:
+        no_unknown(supervise, {unknown[0]: ""})
+    if len(config) != 1:
+        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    most = number("--ranks", ranks, int, 1) if ranks else None
+    without_progress = number("--restarts", restarts, int, 0)
+
+    from mbtrain import config as configuration
+    from mbtrain.supervise import Task
+    from mbtrain.supervise import supervise as keep_going
+
+    values = {key: str(value) for key, value in overrides.items()}
+    settings = configuration.load(config[0], values)
+    folder = Path(run or f"runs/{settings.name}").resolve()
+    given = tuple(f"--{key}={value}" for key, value in values.items())
+    sys.exit(keep_going(Task(config[0], given, settings, folder, hostfile or None, most, without_progress)))
+
+
+def job(
+    *what: str,
+    nodes: str = "1",
+    gpus: str = "",
+    ranks: str = "",
+    hostfile: str = "",
+    run: str = "",
+    out: str = "",
+    cpus: str = "8",
+    time: str = "24:00:00",
+    image: str = "",
+    volume: str = "mbtrain",
+    memory: str = "",
+    secret: str = "mbtrain-mlflow",
+    grace: str = "",
+    resume: str = "",
+    json: str = "",
+    **overrides: str,
+) -> None:
+    """mbtrain job check|slurm|kubernetes CONFIG [--nodes=1] [--gpus=8] [--out=FILE] [--section.key=value ...]
+
+    What a cluster is given: launch/train.slurm or launch/kubernetes/pytorchjob.yaml, filled in for CONFIG on
+    nodes x gpus ranks, after a check that the batch can be cut for them. Nothing is submitted.
+
+      check             only the check: says on stderr what each rank does, on stdout the run directory
+      --nodes=N --gpus=M    machines, and GPUs on each                                                    (1, 8)
+      --ranks=R         ranks on each machine, where it is not one a GPU; with --gpus=0 they are on CPU
+      --hostfile=F      check: the ranks are the slots of these hosts
+      --run=DIR         the run directory                                                          (runs/<name>)
+      --out=FILE        where it is written                                                             (stdout)
+      --cpus=C          processor cores for each rank                                                        (8)
+      --grace=S         seconds between the notice and the kill, to save in         (Slurm 120, Kubernetes 300)
+      --time=T          Slurm: limit of one stretch; the job puts itself back into the queue          (24:00:00)
+      --image=I         Kubernetes: the image made by launch/Containerfile
+      --volume=PVC      Kubernetes: the shared claim; relative paths of CONFIG begin in it             (mbtrain)
+      --memory=Q        Kubernetes: memory of each pod                                          (32Gi for each rank)
+      --secret=NAME     Kubernetes: entries become environment, for MLflow's password           (mbtrain-mlflow)
+      --resume          taken and not looked at: every job goes on where its run was
+      --json            last line on stdout: {"run", "nodes", "ranks", "micro_batch_size", "accumulation"}
+
+    Examples:
+      mbtrain job slurm configs/mine.yaml --nodes=4 --gpus=8 --out=mine.slurm && sbatch mine.slurm
+      mbtrain job kubernetes configs/mine.yaml --nodes=4 --gpus=8 --image=registry/mbtrain:1 | kubectl apply -f -
+      mbtrain job check configs/mine.yaml --hostfile=hosts
+    """
+    as_json = flag("--json", json)
+    unknown = [key for key in overrides if "." not in key and key != "name"]
+    if unknown:
+        no_unknown(job, {unknown[0]: ""})
+    kinds = ("check", "slurm", "kubernetes")
+    if not what or what[0] not in kinds:
+        raise ConfigError(f"job: expected one of {', '.join(kinds)}, got {what[0] if what else 'nothing'}")
+    kind, config = what[0], what[1:]
+    if len(config) != 1:
+        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    if hostfile and kind != "check":
+        raise ConfigError("--hostfile: only `mbtrain job check` and launch/multinode.sh take it; give --nodes, --gpus")
+    n_gpus = number("--gpus", gpus or "8", int, 0) if gpus or not ranks else 0
+    n_ranks = number("--ranks", ranks, int, 1) if ranks else max(1, n_gpus)
+    if gpus and n_gpus and n_ranks != n_gpus:
+        raise ConfigError(f"--ranks={ranks}, --gpus={gpus}: expected as many ranks as GPUs, or --gpus=0")
+    n_cpus, n_nodes = number("--cpus", cpus, int, 1), number("--nodes", nodes, int, 1)
+
+    from mbtrain import job as jobs
+
+    plan = jobs.planned(
+        config[0],
+        {key: str(value) for key, value in overrides.items()},
+        nodes=n_nodes,
+        ranks=n_ranks,
+        gpus=n_gpus,
+        hostfile=hostfile or None,
+        run=run or (resume if resume not in ("true", "false") else "") or None,
+    )
+    sys.stderr.write(f"{jobs.in_words(plan)}\n")
+    grace_s = number("--grace", grace or ("120" if kind == "slurm" else "300"), int, 1)
+    if kind == "check":
+        text = f"{plan.run}\n"
+    elif kind == "slurm":
+        text = jobs.slurm(plan, cpus=n_cpus, time=time, grace_s=grace_s)
+    else:
+        text = jobs.kubernetes(
+            plan,
+            image=image,
+            volume=volume,
+            cpus=n_cpus,
+            memory=memory or f"{32 * n_ranks}Gi",
+            grace_s=grace_s,
+            secret=secret,
+        )
+    if out:
+        Path(out).write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    figures = {
+        "run": plan.run,
+        "nodes": plan.nodes,
+        "ranks": plan.total_ranks,
+        "micro_batch_size": plan.micro_batch_size,
+        "accumulation": plan.accumulation,
+    }
+    finish(figures, as_json)
+
+
+def doctor(
+    *config: str,
+    hostfile: str = "",
+    run: str = "",
+    full: str = "",
+    master_port: str = "29500",
+    ssh_port: str = "",
+    json: str = "",
+    **overrides: str,
+) -> None:
+    """mbtrain doctor [CONFIG] [--hostfile=F] [--run=DIR] [--section.key=value ...] [--full] [--json]
+
+    What a long run would stumble over, found before it, on every host: versions, devices, limits, ssh, clocks, network,
+    the master port; with CONFIG also memory by formula for each ZeRO stage, the run directory (written by all, and the
+    same for all), disk, shards, MLflow. Then the ranks are started as a training's are: sums over all of them, real
+    steps on random bytes, their times rank by rank, and the memory that they took. Nothing is left behind.
+
+      --hostfile=F       the hosts, lines NAME slots=N, asked over ssh                    (this machine alone)
+      --run=DIR          where the run directory will be                                       (runs/<name>)
+      --full             reads every shard and compares its hash                             (sizes alone)
+      --master-port=N    where rank 0 will listen, on the first host                                 (29500)
+      --ssh-port=N       where the hosts' sshd listens                              (as ~/.ssh/config has it)
+      --json             last line on stdout: {"verdict", "ready", "checks", "hosts", "memory", "sums", "ranks"}
+
+    Alone a rank is started on each GPU, or two that share the cores. Exit status: 0 ready, with warnings too; 2 not.
+
+    Examples:
+      mbtrain doctor
+      mbtrain doctor configs/quickstart.yaml --train.zero_stage=2
+      mbtrain doctor configs/quickstart.yaml --hostfile=hosts --run=/shared/runs/first --full
+    """
+    as_json, everything = flag("--json", json), flag("--full", full)
+    unknown = [key for key in overrides if "." not in key and key != "name"]
+    if unknown:
+        no_unknown(doctor, {unknown[0]: ""})
+    if len(config) > 1 or (overrides and not config):
+        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    port = number("--master-port", master_port, int, 1)
+    at_ssh = number("--ssh-port", ssh_port, int, 1) if ssh_port else None
+
+    from mbtrain.doctor import table
+    from mbtrain.doctor.examine import Wanted, examine
+
+    values = {key: str(value) for key, value in overrides.items()}
+    wanted = Wanted(config[0] if config else None, values, hostfile or None, run or None, everything, port, at_ssh)
+    report = examine(wanted)
+    for line in table.lines(report):
+        write(line)
+    finish(table.figures(report), as_json)
+    if not report.ready:
+        sys.exit(2)
+
+
 def _one_run(run: Sequence[str]) -> str:
     if len(run) != 1:
         raise ConfigError(f"RUN: expected one run directory or checkpoint, got {len(run)}")
@@ -335,11 +544,15 @@ _HELP = """mbtrain: train multiscale byte models on raw bytes
   mbtrain export RUN --out=DIR   safetensors and configuration, loadable in three lines
   mbtrain flops CONFIG           parameters and operations by stage
   mbtrain bench WHAT             measure against MEGABYTE-pytorch and against a bare loop
+  mbtrain doctor [CONFIG]        is every host ready for a long run? what is wrong, and what to do
+  mbtrain supervise CONFIG       train, and go on after a crash, on the hosts that are left
+  mbtrain job KIND CONFIG        a job file for Slurm or Kubernetes, checked and filled in
   mbtrain sync RUN               send to MLflow what it does not have yet
   mbtrain ui                     MLflow's pages of the runs tracked here
 
 Options are --key=value. `mbtrain VERB --help` shows those of a verb, with examples. Data comes from `mbtrain-prep`.
-Progress goes to stderr. Exit status: 0 done, 2 a mistake (one line says which), 143 saved and stopped by a signal.
+Progress goes to stderr. Exit status: 0 done, 2 a mistake (one line says which), 75 a rank was lost, 143 saved
+and stopped as told.
 """
 
 PROGRAM = Program(
@@ -352,10 +565,13 @@ PROGRAM = Program(
         "export": export,
         "flops": flops,
         "bench": bench,
+        "doctor": doctor,
+        "supervise": supervise,
+        "job": job,
         "sync": sync,
         "ui": ui,
     },
-    flags=("json", "resume", "quick"),
+    flags=("json", "resume", "quick", "full"),
     help=_HELP,
 )
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mbtrain.errors import CheckpointError, ConfigError, DataError, MbtrainError, NonFiniteError
+from mbtrain.errors import CheckpointError, ConfigError, DataError, DivergedError, MbtrainError, PeersError
+from mbtrain.redact import one_line
 
 # Raised on all ranks alike: rank 0 says it for all.
-SHARED = (ConfigError, DataError, CheckpointError, NonFiniteError)
+SHARED = (ConfigError, DataError, CheckpointError, DivergedError)
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class Program:
 
 
 def main(program: Program, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line and exit: 0 done, 2 after a user's mistake or bad data, 130 after Ctrl-C."""
+    """Run a command line and exit: 0 done, 2 a user's mistake or bad data, 75 ranks that did not meet, 130 Ctrl-C."""
     try:
         run(program, list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except MbtrainError as error:
         sys.stdout.flush()
         if not (isinstance(error, SHARED) and os.environ.get("RANK", "0") != "0"):
-            sys.stderr.write(f"{program.name}: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+            sys.stderr.write(f"{program.name}: {one_line(str(error), 10_000)}\n")
+        sys.exit(75 if isinstance(error, PeersError) else 2)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from mbtrain import vocab
 from mbtrain.errors import ConfigError
+from mbtrain.redact import without_password
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -313,6 +314,9 @@ class TrainConfig(_Section):
     def _some_limit(self) -> TrainConfig:
         if self.steps is None and self.bytes is None and self.flops is None and self.minutes is None:
             _fail("train.steps", None, "a limit: one of train.steps, train.bytes, train.flops, train.minutes")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            # DeepSpeed has another optimizer there, whose losses differ from those of the other stages.
+            _fail("train.zero_stage", 0, "1, 2 or 3 with train.precision=fp16")
         return self
 
 
@@ -420,6 +424,16 @@ class LogConfig(_Section):
     mlflow_uri: str | None = None
     experiment: str = "mbtrain"
 
+    @model_validator(mode="after")
+    def _no_password(self) -> LogConfig:
+        # The configuration goes into the run directory, and to MLflow as parameters.
+        if self.mlflow_uri and without_password(self.mlflow_uri) != self.mlflow_uri:
+            raise ConfigError(
+                f"log.mlflow_uri: {without_password(self.mlflow_uri)} is given with a password or token; give it in the "
+                "environment: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
+
 
 class Config(_Section):
     """A whole experiment; `name` names the run directory runs/<name>."""
@@ -450,7 +464,9 @@ class Config(_Section):
             allowed = f"a divisor of model.stages.0.n_heads = {self.model.stages[0].n_heads}"
             _fail("train.sequence_parallel", sequence, allowed)
         if sequence > 1 and self.model.block.token_shift:
-            _fail("train.sequence_parallel", sequence, "1 with model.block.token_shift, which looks at the patch before")
+            _fail(
+                "train.sequence_parallel", sequence, "1 with model.block.token_shift, which looks at the patch before"
+            )
         micro = self.train.micro_batch_size
         if micro is not None and self.train.global_batch_size % micro:
             allowed = f"a divisor of train.global_batch_size = {self.train.global_batch_size}"

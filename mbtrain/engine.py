@@ -1,8 +1,8 @@
 """The only room that knows DeepSpeed: start a process group, wrap a model, step, and read or write its whole state.
 
-DeepSpeed's own checkpoints are pickles that fit one number of ranks. Here the state of a run is taken out parameter by
-parameter - fp32 weight and both AdamW moments, whole, by name - so that it can be written without pickle and put back
-into any number of ranks, any ZeRO stage and any precision.
+DeepSpeed's own checkpoints are pickles that fit one number of ranks. Here each rank hands out what it owns under ZeRO:
+stretches of the fp32 weights and of both AdamW moments, by parameter name and offset. That needs no communication, is
+written without pickle, and is put back into any number of ranks, any ZeRO stage and any precision.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from mbtrain.checkpoint import KINDS, Fragment, Stored
 from mbtrain.config import Config, batch_shape
-from mbtrain.model.layers import Transformer, role_of
+from mbtrain.errors import PeersError
+from mbtrain.model.layers import Transformer, attend, role_of
+from mbtrain.model.megabyte import Megabyte
+from mbtrain.model.sequence import Part, by_head, by_position
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT, MOMENTS = KINDS[0], KINDS[1:]
 UNDECAYED = ("embedding", "position", "pad", "gain", "bias")
 EMBEDDINGS = ("embedding", "position", "pad")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
     autocast = precision == "autocast" or (precision == "bf16" and stage == 0)
     bf16 = precision == "bf16" and not autocast
     made: dict[str, Any] = {
-        "train_batch_size": config.train.global_batch_size,
+        # DeepSpeed counts ranks that share their rows as if each had its own; it only multiplies these three.
+        "train_batch_size": micro * accumulation * ranks,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.gradient_clipping,
@@ -78,7 +85,7 @@ def start() -> Ranks:
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     local_ranks = local_ranks or int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())  # a scheduler may show each rank its own
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
@@ -91,8 +98,50 @@ def start() -> Ranks:
     # DeepSpeed's timeout reaches only the world group; the groups that it makes later take torch's default.
     torch.distributed.distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    try:
+        if os.environ["MASTER_ADDR"] in LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            _meet_on_loopback(backend)
+        if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+            _meet_at_the_agent(backend)
+        deepspeed.init_distributed(  # takes what is there, or makes it
+            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+        )
+    except (dist.DistError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise PeersError(
+            f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not meet at {where}: "
+            f"{str(error).splitlines()[0][:200]}; is that port free, and reached from every host? `mbtrain doctor`"
+        ) from error
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_ranks, device)
+
+
+def _meet_at_the_agent(backend: str) -> None:
+    """Join by the store of torchrun's agent, which still holds the addresses of the ranks before a restart."""
+    rank, ranks, port = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    store = TCPStore(os.environ["MASTER_ADDR"], port, ranks, is_master=False, timeout=COLLECTIVE_TIMEOUT)
+    named = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=named, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _meet_on_loopback(backend: str) -> None:
+    """Join ranks that are all on this host where no other host can reach them.
+
+    By itself torch listens on all interfaces, and ranks tell each other pickles: whoever reaches them, commands them.
+    """
+    rank, ranks, port = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    listening = None
+    if rank == 0:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            listener.listen(4096)
+            listening = listener.detach()
+    store = TCPStore(
+        "127.0.0.1", port, ranks, rank == 0, COLLECTIVE_TIMEOUT, wait_for_workers=False, master_listen_fd=listening
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
 
 
 def keep_memory() -> None:
@@ -151,14 +200,32 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
+class PausableAdamW(torch.optim.AdamW):
+    """AdamW that, while paused, makes no step: DeepSpeed then clears its gradients as after any other."""
+
+    paused = False
+
+    def step(self, closure: Any = None) -> Any:
+        """One update, or none."""
+        return None if self.paused else super().step(closure)
+
+
 class Engine:
     """A model under DeepSpeed: forward and backward by micro-step, one optimizer step, exact state in and out."""
 
-    def __init__(self, config: Config, model: nn.Module, ranks: Ranks):
+    def __init__(self, config: Config, model: Megabyte, ranks: Ranks):
         self.config, self.ranks = config, ranks
         # Without ZeRO and loss scaling, DeepSpeed leaves weights, gradients and optimizer where torch has them.
         self._plain = config.train.zero_stage == 0 and config.train.precision != "fp16"
         self.micro, self.accumulation = batch_shape(config, ranks.ranks)
+        # Of `readers` groups that read different rows this is one of group `reader`, and has `columns` of its rows.
+        parts, width = config.train.sequence_parallel, config.data.seq_len // config.train.sequence_parallel
+        self.reader, self.readers = ranks.rank // parts, ranks.ranks // parts
+        part = ranks.rank % parts
+        self.columns = slice(part * width, (part + 1) * width)
+        self.counts_rows = part == 0
+        if parts > 1:
+            share_rows(model, ranks, parts)
         self.names = {id(param): name for name, param in model.named_parameters()}
         groups = parameter_groups(model, config)
         for module in model.modules():
@@ -168,13 +235,13 @@ class Engine:
                     for block in module.blocks:
                         block.compile()
         model.to(ranks.device)
-        optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps, fused=True)
+        optimizer = PausableAdamW(groups, betas=config.optim.betas, eps=config.optim.eps, fused=True)
         deepspeed = _import_deepspeed()
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.ranks), dist_init_required=False
         )
         self.module: nn.Module = self.engine.module
-        self.optimizer: torch.optim.Optimizer = optimizer
+        self.optimizer = optimizer
         self.gradient_sums = torch.zeros(len(self.names), dtype=torch.float32, device=ranks.device)
         self._ready_moments()
         if config.train.precision != "fp16":  # there, an overflow is an ordinary event that DeepSpeed skips
@@ -194,11 +261,13 @@ class Engine:
         self.gradient_sums.zero_()
         return bad
 
-    def step(self, lr_factor: float) -> float:
+    def step(self, lr_factor: float, skip: bool = False) -> float:
         """The optimizer step that ends a global batch; returns the gradient's norm before clipping.
 
         Called once after every micro-step's backward; DeepSpeed acts on the last. In between returns 0.
+        skip: the gradients are dropped and nothing is updated.
         """
+        self.optimizer.paused = skip
         boundary = self.engine.is_gradient_accumulation_boundary()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.config.optim.lr * group["lr_scale"] * lr_factor
@@ -220,17 +289,24 @@ class Engine:
         """Steps that AdamW has really made (fp16 may have skipped some)."""
         return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
-    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Every parameter whole and in fp32: name, {"weight", "exp_avg", "exp_avg_sq"} on CPU. Collective."""
-        tensors = _import("deepspeed.utils.tensor_fragment")
-        for name, param in self.module.named_parameters():
-            if self._plain:
-                whole = {"weight": param.data, **{key: self.optimizer.state[param][key] for key in MOMENTS}}
-            else:
-                whole = {"weight": tensors.safe_get_full_fp32_param(param)}
-                whole |= {key: tensors.safe_get_full_optimizer_state(param, key) for key in MOMENTS}
-            shape = _whole_shape(param)
-            yield name, {key: value.detach().to("cpu", torch.float32).reshape(shape) for key, value in whole.items()}
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns of the state: views into it, in fp32. Over all ranks every element comes once."""
+        for i, (name, param) in enumerate(self.module.named_parameters()):
+            if self._plain:  # all ranks have all of it, and share the parameters out
+                if i % self.ranks.ranks == self.ranks.rank:
+                    moments = {key: self.optimizer.state[param][key].view(-1) for key in MOMENTS}
+                    yield Fragment(name, 0, {WEIGHT: param.data.view(-1), **moments})
+            elif hasattr(param, "ds_id"):
+                start, parts = self._own_part_of_stage_3(param)
+                if parts[WEIGHT].numel():
+                    yield Fragment(name, start, parts)
+            elif (owned := param._hp_mapping) is not None:  # type: ignore[attr-defined]
+                moments = {key: owned.get_optim_state_fragment(key) for key in MOMENTS}
+                yield Fragment(name, owned.lp_fragment_address.start, {WEIGHT: owned.hp_fragment.data, **moments})
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The whole shape of every parameter, by name."""
+        return {name: list(_whole_shape(param)) for name, param in self.module.named_parameters()}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, in fp32, on CPU. Collective."""
@@ -239,24 +315,34 @@ class Engine:
             whole = param.data if self._plain else tensors.safe_get_full_fp32_param(param)
             yield name, whole.detach().to("cpu", torch.float32).reshape(_whole_shape(param))
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], optimizer_steps: int) -> None:
-        """Put back what `state` gave, on any number of ranks. The module must already hold the same weights.
+    def load_state(self, stored: Stored, optimizer_steps: int) -> None:
+        """Put back what all ranks' `fragments` gave, on any number of ranks, at the start or between two steps.
 
-        (It was built from them: DeepSpeed's low-precision copies are then the rounded fp32 weights, as after a step.)
+        Also the low-precision weights that the model computes with: the rounded fp32 ones, as after a step.
         """
-        tensors = _import("deepspeed.utils.tensor_fragment")
+        for fragment in self.fragments():
+            for key, mine in fragment.tensors.items():
+                mine.copy_(stored.part(key, fragment.name, fragment.start, mine.numel()))
         for name, param in self.module.named_parameters():
-            whole = {key: value.to(self.ranks.device) for key, value in state[name].items()}
-            if self._plain:
-                param.data.copy_(whole["weight"])
-                for key in MOMENTS:
-                    self.optimizer.state[param][key].copy_(whole[key])
-            else:
-                tensors.safe_set_full_fp32_param(param, whole["weight"])
-                for key in MOMENTS:
-                    tensors.safe_set_full_optimizer_state(param, whole[key], key)
+            if param.numel() == _whole_shape(param).numel():  # else ZeRO-3 left an empty tensor in its place
+                param.data.copy_(stored.whole(WEIGHT, name))
+                if self._plain:
+                    for key in MOMENTS:
+                        self.optimizer.state[param][key].copy_(stored.whole(key, name))
+            if hasattr(param, "ds_id"):
+                start, parts = self._own_part_of_stage_3(param)
+                mine = param.ds_tensor.data[: parts[WEIGHT].numel()]  # type: ignore[attr-defined]
+                mine.copy_(stored.part(WEIGHT, name, start, mine.numel()))
         for entry in self.optimizer.state.values():
             entry["step"].fill_(optimizer_steps)
+
+    def _own_part_of_stage_3(self, param: Any) -> tuple[int, dict[str, Tensor]]:
+        """Where this rank's partition begins, and views of it without ZeRO's filling behind the parameter's end."""
+        partition = param._z3_optimizer._get_fp32_opt_state_partition
+        whole = {WEIGHT: partition(param, False)[0], **{key: partition(param, False, key)[0] for key in MOMENTS}}
+        start = self.ranks.rank * param.ds_tensor.ds_numel
+        numel = max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start))
+        return start, {key: value.data[:numel] for key, value in whole.items()}
 
     def loss_scaler_state(self) -> dict[str, float]:
         """fp16's dynamic scaler, as plain numbers; empty otherwise."""
@@ -301,6 +387,25 @@ class Engine:
             param.register_hook(watch(index))
 
 
+def share_rows(model: Megabyte, ranks: Ranks, parts: int) -> None:
+    """Let every `parts` consecutive ranks share their rows: each then computes its own part of the patches. Collective.
+
+    Called before deepspeed.initialize; 1 changes nothing. The groups are ours and unknown to DeepSpeed: ZeRO goes on
+    averaging over all ranks. (Given them as mesh_param, it averages over some, and says nothing.)
+    Raises ValueError for a model that cannot be cut so; the configuration has refused it before.
+    """
+    if parts == 1:
+        return
+    ours = None
+    for first in range(0, ranks.ranks, parts):  # every rank makes all groups, in one order
+        members = list(range(first, first + parts))
+        group = dist.new_group(members)
+        ours = group if ranks.rank in members else ours
+    ulysses = _import("deepspeed.sequence.layer").DistributedAttention(by_position(attend), ours, 2, 1)
+    # Kept out of torch.compile's graphs: DeepSpeed's own source says that tracing an exchange can lose its gradient.
+    model.share(Part(ranks.rank % parts, parts), torch.compiler.disable(by_head(ulysses)))
+
+
 def _whole_shape(param: nn.Parameter) -> torch.Size:
     """The parameter's shape, also where ZeRO-3 left an empty tensor in its place."""
     return cast(torch.Size, getattr(param, "ds_shape", param.shape))
@@ -309,12 +414,14 @@ def _whole_shape(param: nn.Parameter) -> torch.Size:
 def _single_process_defaults() -> None:
     if "RANK" in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")
+        if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher has another name for it
+            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
         return
     if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(_slurm_tasks_here()))
         os.environ.setdefault("MASTER_PORT", "29500")
         return
     with socket.socket() as probe:
@@ -322,6 +429,16 @@ def _single_process_defaults() -> None:
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _slurm_tasks_here() -> int:
+    """Tasks of this Slurm step on this node. Slurm says `2(x3),1` of four nodes; what only --ntasks-per-node asks for
+    is not always there, nor what a step runs."""
+    counts: list[int] = []
+    for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", "1")).split(","):
+        tasks, _, nodes = part.rstrip(")").partition("(x")
+        counts += [int(tasks)] * int(nodes or 1)
+    return counts[min(int(os.environ.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
 def _import_deepspeed() -> Any:
@@ -340,6 +457,7 @@ def _import_deepspeed() -> Any:
             del sys.modules["mlflow"]
     _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     _import("deepspeed.utils").logger.setLevel(logging.WARNING)
+    _import("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS.append(PausableAdamW)  # or it warns
     # DeepSpeed calls torch.distributed by names that this torch renames; nobody here can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Seven reports of memory for each start, whatever the log level.

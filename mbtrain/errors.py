@@ -4,7 +4,8 @@ MbtrainError             base: one line on stderr and exit status 2, never a tra
  ├─ ConfigError          a wrong key, type, value or combination of settings
  ├─ DataError            sources, shards or manifests that are missing, cut off or changed
  ├─ CheckpointError      a run or checkpoint that is missing, cut off or does not fit
- └─ NonFiniteError       a loss or gradient that is not a number: training stopped before the update
+ ├─ DivergedError        a loss or gradient that is not finite, or a loss that spikes: stopped before the update
+ └─ PeersError           ranks that did not meet: exit status 75, starting again may help
 """
 
 
@@ -24,5 +25,9 @@ class CheckpointError(MbtrainError):
     """A run or checkpoint that is missing, cut off or does not fit; the message names the file."""
 
 
-class NonFiniteError(MbtrainError):
-    """A loss or gradient that is not finite, found on all ranks before the update; names step and cause."""
+class DivergedError(MbtrainError):
+    """A loss or gradient that is not finite, or a loss that spikes, on all ranks before the update; names the step."""
+
+
+class PeersError(MbtrainError):
+    """Ranks that did not meet at the start; names this rank and where it waited."""

@@ -59,12 +59,15 @@ def score(
     ranks: int = 1,
     reduce: Callable[[list[float]], list[float]] = lambda sums: sums,
     limit_bytes: int | None = None,
+    columns: slice = slice(None),
 ) -> Score:
     """Score one split of each source in rows of seq_len that begin without context (the paper's basic evaluation).
 
     logits_of: ids (batch, seq_len) -> logits; called equally often on every rank, as ZeRO-3 needs.
-    reduce sums a list over ranks. limit_bytes scores only the first rows, of each source its share of them. By source
-    means: of the mixture where there are several, else of what mbtrain-prep was given.
+    rank of ranks: which rows this process scores. Processes that share rows have the same ones, and each scores the
+    columns that its logits are for. reduce sums a list over all processes. limit_bytes scores only the first rows, of
+    each source its share of them. By source means: of the mixture where there are several, else of what mbtrain-prep
+    was given.
     Raises DataError when nothing is scored; also, on the rank that could not read its part, after the others have been
     kept company to the end.
     """
@@ -85,7 +88,8 @@ def score(
                     unread = error
                     ids, mask, of = evaluation_batch(stream, seq_len, [], batch)
                 tensor = torch.from_numpy(ids).to(device).long()
-                lost = nats(logits_of(tensor), tensor).double().cpu().numpy()[mask]
+                ids, mask, of = ids[:, columns], mask[:, columns], of[:, columns]
+                lost = nats(logits_of(tensor), tensor[:, columns]).double().cpu().numpy()[mask]
                 of = np.full(len(lost), number) if len(sources) > 1 else of[mask]
                 sums[0] += np.bincount(of, weights=lost, minlength=len(names))
                 sums[1] += np.bincount(of[ids[mask] != vocab.BOUNDARY], minlength=len(names))

@@ -214,7 +214,7 @@ def _parse_lines(path: Path | str, data: bytes) -> list[tuple[bytes, dict[str, A
 def _parse(path: Path | str, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         shown = line[:60].decode(errors="replace")

@@ -8,30 +8,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, request, tracking
+from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, request, tracking, watch
 from mbtrain import sample as sampling
-from mbtrain.checkpoint import Checkpoint, Progress
+from mbtrain.agreement import on_all_ranks, on_rank_0
+from mbtrain.checkpoint import Checkpoint, Progress, Stored
 from mbtrain.config import Config
 from mbtrain.data.mixture import Mixture, mixture
 from mbtrain.data.opening import Opened, data_hash, described, open_sources
 from mbtrain.engine import Engine, Ranks, from_rank_0, gathered, start, stop, total
 from mbtrain.errors import CheckpointError, ConfigError, MbtrainError
+from mbtrain.log import bar, duration, say, size
 from mbtrain.model import build
 from mbtrain.model.flops import count
+from mbtrain.redact import redact
+from mbtrain.saving import Saver
 from mbtrain.shards import load_manifest
 
-# To the line's start, and erase it.
-_CLEAR = "\r\x1b[K"
+STOP_FILE = "stop"  # RUN/stop, made by anybody, ends the run as SIGTERM does
 
 
 @dataclass
@@ -66,16 +70,18 @@ class Session:
     progress: Progress
     peak_flops: float | None
     stopping: list[int]
+    saver: Saver
     shipper: subprocess.Popen[bytes] | None
     unwritten: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
+    watching: watch.Watch | None = None
 
 
 class Window:
     """Sums since the last report: nats, targets (ids that count), ids, waiting; and where the run stood then."""
 
-    def __init__(self, since: Progress):
-        self.since, self.nats, self.targets, self.ids, self.waited_s = since, 0.0, 0, 0, 0.0
+    def __init__(self, since: Progress, held_s: float):
+        self.since, self.held_s, self.nats, self.targets, self.ids, self.waited_s = since, held_s, 0.0, 0, 0, 0.0
 
     def add(self, nats: float, targets: int, ids: int) -> None:
         self.nats += nats
@@ -85,21 +91,40 @@ class Window:
 
 @contextmanager
 def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
-    """Join the ranks, check everything, build or load; afterwards leave a status and the process group."""
+    """Join the ranks, check everything, build or load; afterwards leave a status and the process group.
+
+    A rank that is lost, or that fails alone, ends all of them with exit status 75 and its name.
+    """
     stopping: list[int] = []
     ranks = start()
     ours = False
+
+    def last_words(verdict: str) -> None:
+        text = f"{verdict}. All ranks stop; go on from the last checkpoint with --resume={run}"
+        if ours and ranks.rank == (1 if verdict.startswith("rank 0 ") else 0):  # one speaks for all
+            say(run, text)
+            _write_status(run, "FAILED", text)
+        elif verdict.startswith("rank 0 ") or ranks.rank == 0:
+            sys.stderr.write(f"mbtrain: {text}\n")
+
+    watching = watch.begin(ranks.rank, ranks.ranks, settings.train.lost_after_s, last_words)
     try:
         with _signals_noted(stopping), ExitStack() as held:
             sources = on_all_ranks(lambda: _open_sources(settings, ranks))
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
             ours = True
-            yield _begin(settings, run, ranks, sources, found, stopping)
-    except BaseException as error:
+            yield replace(_begin(settings, run, ranks, sources, found, stopping), watching=watching)
+    except Exception as error:
+        if watching and not isinstance(error, MbtrainError):  # those come on all ranks alike
+            if not watch.is_secondary(error):
+                traceback.print_exc()
+            watching.wait_for_verdict(error)
         if ranks.rank == 0 and ours:
             _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
         raise
     finally:
+        if watching:
+            watching.stop()
         stop()
 
 
@@ -136,7 +161,7 @@ def report(
     real_bytes = progress.bytes - since.bytes
     row_ids = settings.train.global_batch_size * settings.data.seq_len
     values = {
-        "train/loss_nats": window.nats / window.targets,
+        "train/loss_nats": window.nats / window.targets if window.targets else float("nan"),
         "train/bpb": bits_per_byte(window.nats, real_bytes),
         "optim/lr": settings.optim.lr * lr_factor,
         "optim/grad_norm": grad_norm,
@@ -149,6 +174,7 @@ def report(
         "progress/flops": progress.step * row_ids * flops,
         "progress/epoch": progress.position / sum(source.stream.ids_per_epoch for source in now.mixture.sources),
         "progress/minutes": progress.elapsed_s / 60,
+        **({"perf/save_wait_s": now.saver.held_s - window.held_s} if now.saver.held_s > window.held_s else {}),
         **_realised_mix(now, progress),
     }
     mfu = None if now.peak_flops is None else window.ids * flops / seconds / (now.peak_flops * now.ranks.ranks)
@@ -158,10 +184,10 @@ def report(
     left = progress.elapsed_s * (1 - done) / done if done > 0 else None
     say(
         now.run,
-        f"step {progress.step} · {_size(progress.bytes)} · loss {values['train/loss_nats']:.4f} nats · "
+        f"step {progress.step} · {size(progress.bytes)} · loss {values['train/loss_nats']:.4f} nats · "
         f"{values['train/bpb']:.4f} bits/byte · lr {values['optim/lr']:.2e} · norm {grad_norm:.2f} · "
-        f"{_size(values['perf/bytes_per_s'])}/s · MFU {'unknown' if mfu is None else f'{mfu:.0%}'} · "
-        f"data wait {values['perf/data_wait_frac']:.0%} · {'' if left is None else _duration(left) + ' left'}",
+        f"{size(values['perf/bytes_per_s'])}/s · MFU {'unknown' if mfu is None else f'{mfu:.0%}'} · "
+        f"data wait {values['perf/data_wait_frac']:.0%} · {'' if left is None else duration(left) + ' left'}",
     )
 
 
@@ -177,8 +203,9 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
                 seq_len=now.settings.data.seq_len,
                 batch=now.settings.eval.batch_size or now.engine.micro,
                 device=now.ranks.device,
-                rank=now.ranks.rank,
-                ranks=now.ranks.ranks,
+                rank=now.engine.reader,
+                ranks=now.engine.readers,
+                columns=now.engine.columns,
                 reduce=lambda sums: total(sums, now.ranks),
                 limit_bytes=limit_bytes,
             )
@@ -189,10 +216,10 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
             where = {"progress/bytes": progress.bytes, "progress/minutes": progress.elapsed_s / 60}
             record(now, progress.step, {**score.metrics(key), **where})
             part = "whole split" if limit_bytes is None else "first part"
-            took = _duration(time.perf_counter() - began)
+            took = duration(time.perf_counter() - began)
             images = all(source.split.modality == "image" for source in now.val_sources)
             bpb = f"{score.bpb:.4f}{' (= bits per dimension)' if images else ''}"
-            say(now.run, f"step {progress.step} · {key} {bpb} · {part}, {_size(score.bytes)} · took {took}")
+            say(now.run, f"step {progress.step} · {key} {bpb} · {part}, {size(score.bytes)} · took {took}")
         return score.bpb
 
 
@@ -206,9 +233,8 @@ def final_score(now: Session, progress: Progress) -> float:
     known = from_rank_0(known)
     if known is not None:
         return known
-    bpb = validate(now, progress, limit_bytes=None)
     sample(now, progress)
-    return bpb
+    return validate(now, progress, limit_bytes=None)  # last: where it stands, nothing is missing
 
 
 def sample(now: Session, progress: Progress) -> None:
@@ -238,50 +264,58 @@ def _write_samples(now: Session, weights: dict[str, Tensor], step: int) -> None:
 
 
 def save(now: Session, progress: Progress) -> bool:
-    """Write a checkpoint; True when it is whole. Collective.
-
-    A full disk or any other OSError, on any rank, leaves the last good checkpoint, is said, and the run goes on.
-    """
+    """Begin to write a checkpoint; False when that could not even begin. Collective."""
     with now.clock.resting():
-        began = time.perf_counter()
-        path, problem = from_rank_0(_attempt(lambda: str(checkpoint.begin(now.run, progress.step)), now.ranks))
-        state = now.engine.state()  # collective: to be run through on every rank, whatever goes wrong on one
-        mine = checkpoint.share(state, now.ranks.rank, now.ranks.ranks)
-        hashes: dict[str, str] = {}
-        problems = [problem] if problem else []
-        if not problems:
-            try:
-                hashes = checkpoint.write_share(Path(path), mine, now.ranks.rank, now.ranks.ranks)
-                failed = None
-            except OSError as error:
-                failed = f"rank {now.ranks.rank}: {error}"
-            parts = gathered((hashes, failed))
-            problems = [said for _, said in parts if said]
-            hashes = {name: value for of_rank, _ in parts for name, value in of_rank.items()}
-        whole = replace(
-            progress,
-            optimizer_steps=max(gathered(now.engine.optimizer_steps())),
-            mlflow_run_id=tracking.run_id(now.run),
-            loss_scaler=now.engine.loss_scaler_state(),
-        )
-        if not problems:
-            keep = now.settings.checkpoint.keep_last
-            written = _attempt(lambda: str(checkpoint.finish(Path(path), whole, hashes, keep)), now.ranks)
-            _, problem = from_rank_0(written)
-            problems = [problem] if problem else []
-        if now.ranks.rank == 0:
-            name, took = checkpoint.name_of(progress.step), _duration(time.perf_counter() - began)
-            done = f"saved {name} · took {took}" if not problems else f"NOT saved, the last good stays: {problems[0]}"
-            say(now.run, f"step {progress.step} · {done}")
-        return not problems
+        return now.saver.begin(progress)
+
+
+def skip(now: Session, progress: Progress, trouble: str, loss: float) -> Progress:
+    """Meet a bad step by the guard's policy; returns the progress, its optimizer steps those of the weights.
+
+    To be called between two steps, on all ranks alike. Raises DivergedError where the run is to stop.
+    """
+    guard = now.settings.guard
+    values = {"guard/bad_loss_nats": loss, "guard/bad_steps": len(progress.bad_steps)}
+    did = "no update, and its batch is stepped over"
+    if guard.policy == "rewind":
+        found = _rewind(now)
+        values["guard/rewound_to"] = found.progress.step
+        did = f"the weights of step {found.progress.step} are put back, and the data since then is stepped over"
+        progress = replace(progress, optimizer_steps=found.progress.optimizer_steps)
+    if now.ranks.rank == 0:
+        record(now, progress.step, values)
+        say(now.run, f"step {progress.step} · {trouble} · {did}")
+    return progress
+
+
+def _rewind(now: Session) -> Checkpoint:
+    """Weights, moments and loss scale of the newest good checkpoint, in place."""
+    with now.clock.resting():
+        now.saver.finish()
+        _, found = on_rank_0(lambda: checkpoint.find(now.run), now.ranks)
+        _load(now.engine, found)
+        return found
+
+
+def _load(engine: Engine, found: Checkpoint) -> None:
+    def load() -> None:
+        checkpoint.must_fit(found, engine.shapes())
+        engine.load_state(Stored(found), found.progress.optimizer_steps)
+        engine.load_loss_scaler_state(found.progress.loss_scaler)
+
+    on_all_ranks(load)
 
 
 def end(now: Session, progress: Progress, status: str) -> None:
-    """Write the status, and give the MLflow shipper a bounded time for the rest. Rank 0 acts."""
+    """Write the status, and give the MLflow shipper a bounded time for the rest. Rank 0 acts. Collective."""
+    gathered(None)
+    if now.watching:  # all ranks have done their part: the others leave while rank 0 waits, and are not lost
+        now.watching.stop()
     if now.ranks.rank != 0:
         return
     if status == "KILLED":
-        say(now.run, f"stopped by a signal after step {progress.step}, saved; go on with --resume={now.run}")
+        (now.run / STOP_FILE).unlink(missing_ok=True)
+        say(now.run, f"stopped as told after step {progress.step}, saved; go on with --resume={now.run}")
     _write_status(now.run, status, "")
     if now.shipper is None:
         plots.loss_curve(now.run)
@@ -305,62 +339,20 @@ def live(now: Session, progress: Progress, done: float) -> None:
     """On a terminal, a line that says where the run is and is written over by the next."""
     if now.ranks.rank == 0 and sys.stderr.isatty():
         rate = (progress.bytes - now.progress.bytes) / max(progress.elapsed_s - now.progress.elapsed_s, 1e-9)
-        left = _duration(progress.elapsed_s * (1 - done) / done) if done > 0 else "?"
-        bar = ("#" * round(30 * min(done, 1))).ljust(30, "-")
-        where = f"step {progress.step} · {_size(progress.bytes)} · {_size(rate)}/s · {left} left"
-        sys.stderr.write(f"{_CLEAR}{bar} {done:4.0%} · {where}")
-        sys.stderr.flush()
+        left = duration(progress.elapsed_s * (1 - done) / done) if done > 0 else "?"
+        bar(done, f"step {progress.step} · {size(progress.bytes)} · {size(rate)}/s · {left} left")
 
 
-def say(run: Path, text: str) -> None:
-    """A line on stderr and in RUN/log.txt, with the time."""
-    line = f"{time.strftime('%H:%M:%S')}  {text}"
-    sys.stderr.write((_CLEAR if sys.stderr.isatty() else "") + line + "\n")
-    sys.stderr.flush()
-    with suppress(OSError), (run / "log.txt").open("a", encoding="utf-8") as file:  # a full disk: stderr has it
-        file.write(line + "\n")
+def told_to_stop(now: Session) -> bool:
+    """Whether a signal came to this rank, or, seen by rank 0, somebody made RUN/stop."""
+    if now.ranks.rank == 0 and not now.stopping and (now.run / STOP_FILE).exists():
+        now.stopping.append(signal.SIGTERM)
+    return bool(now.stopping)
 
 
 def bits_per_byte(nats: float, real_bytes: int) -> float:
     """Nats over all targets -> bits per real byte; nan where a batch held boundaries alone."""
     return nats / 0.6931471805599453 / real_bytes if real_bytes else float("nan")
-
-
-def on_rank_0(make: Callable[[], Any], ranks: Ranks) -> Any:
-    """What `make` returns on rank 0, on every rank; what it raises there of MbtrainError is raised on every rank."""
-    value, problem = None, None
-    if ranks.rank == 0:
-        try:
-            value = make()
-        except MbtrainError as error:
-            problem = error
-        except OSError as error:
-            problem = CheckpointError(str(error))
-    value, problem = from_rank_0((value, problem))
-    if problem is not None:
-        raise problem
-    return value
-
-
-def on_all_ranks(make: Callable[[], Any]) -> Any:
-    """What `make` returns on this rank; when it raises MbtrainError on any, all ranks raise the first of those."""
-    value, problem = None, None
-    try:
-        value = make()
-    except MbtrainError as error:
-        problem = error
-    problems = [found for found in gathered(problem) if found is not None]
-    if problems:
-        raise problems[0]
-    return value
-
-
-def _attempt(make: Callable[[], str], ranks: Ranks) -> tuple[str, str | None]:
-    """(result, None) or ("", what went wrong) of an action on the disk that rank 0 does; ("", None) on the others."""
-    try:
-        return (make() if ranks.rank == 0 else ""), None
-    except OSError as error:
-        return "", str(error)
 
 
 def _open_sources(settings: Config, ranks: Ranks) -> tuple[list[Opened], list[Opened]]:
@@ -395,6 +387,11 @@ def _take_up(
             f"{run}: another training is at work in it; stop that one or choose another --run"
         ) from error
     found, problems = checkpoint.newest(run) if exists else (None, [])
+    if problems and found is None:
+        raise CheckpointError(
+            f"{run}: none of its {len(problems)} checkpoints is whole ({'; '.join(problems[:2])}); put one back, or "
+            f"remove {run}/checkpoints to begin anew"
+        )
     if found is not None:
         _must_fit(config.load(run / "config.yaml"), settings, run)
         if found.progress.dataset_hash != manifest_hash:
@@ -404,7 +401,9 @@ def _take_up(
         say(run, f"not used: {text}")
     if (run / "metrics.jsonl").exists():
         metrics.truncate_after(run / "metrics.jsonl", found.progress.step if found else 0)
-    (run / "status.json").unlink(missing_ok=True)
+    checkpoint.clear(run)
+    for name in ("status.json", STOP_FILE):
+        (run / name).unlink(missing_ok=True)
     checkpoint.write_atomically(run / "config.yaml", config.to_yaml(settings).encode())
     return found
 
@@ -448,14 +447,10 @@ def _begin(
         progress = replace(progress, source_bytes=[progress.bytes, *[0] * (len(train_sources) - 1)])
     steps = last_step(settings, mixed, progress)
     torch.manual_seed(settings.train.seed)
-    model = build(settings)
-    state = checkpoint.load_state(found) if found else {}
+    engine = Engine(settings, build(settings), ranks)
     if found:
-        _load_weights(model, {name: whole["weight"] for name, whole in state.items()}, found)
-    engine = Engine(settings, model, ranks)
-    if found:
-        engine.load_state(state, progress.optimizer_steps)
-        engine.load_loss_scaler_state(progress.loss_scaler)
+        _load(engine, found)
+    saver = Saver(run, settings, engine)
     peak = hardware.peak_flops(ranks.device, settings.train.precision)
     shipper = None
     if ranks.rank == 0:
@@ -477,7 +472,7 @@ def _begin(
             say(run, line)
         if mixed.end is not None and config.step_limit(settings, count(settings).training_per_byte) is None:
             say(run, f"data: the sources have been read as often as they may be after step {steps}: the run ends there")
-    return Session(settings, run, ranks, engine, mixed, val_sources, progress, peak, stopping, shipper)
+    return Session(settings, run, ranks, engine, mixed, val_sources, progress, peak, stopping, saver, shipper)
 
 
 def _headline(settings: Config, ranks: Ranks, environment: dict[str, Any], peak: float | None) -> str:
@@ -499,15 +494,8 @@ def _source_lines(mixed: Mixture) -> Iterator[str]:
         end = "" if source.largest_rows is None else f", at most {source.largest_rows} of them"
         yield (
             f"data: {source.name}: {split.modality}, {len(split)} samples, "
-            f"{_size(source.stream.bytes_per_epoch)} an epoch, {share:.1%} of the rows{end}"
+            f"{size(source.stream.bytes_per_epoch)} an epoch, {share:.1%} of the rows{end}"
         )
-
-
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], found: Checkpoint) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{found.path}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
 
 
 def _realised_mix(now: Session, progress: Progress) -> dict[str, float]:
@@ -524,7 +512,7 @@ def _realised_mix(now: Session, progress: Progress) -> dict[str, float]:
 
 
 def _write_status(run: Path, status: str, message: str) -> None:
-    content = json.dumps({"status": status, "message": message})
+    content = json.dumps({"status": status, "message": redact(message)})
     checkpoint.write_atomically(run / "status.json", content.encode())
 
 
@@ -543,19 +531,3 @@ def _signals_noted(stopping: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _size(count_: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count_) < 1000 or unit == "TB":
-            return f"{count_:.0f} {unit}" if unit == "B" else f"{count_:.2f} {unit}"
-        count_ /= 1000
-    raise AssertionError
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"

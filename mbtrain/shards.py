@@ -132,7 +132,7 @@ def load_manifest(root: Path | str) -> Manifest:
         raise DataError(f"{root}: expected a folder made by mbtrain-prep, got a file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cut off or not JSON ({error}); {_PREPARE_AGAIN}") from None
     where = str(path)
     if isinstance(value, dict) and value.get("schema_version") != SCHEMA_VERSION:

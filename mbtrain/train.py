@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbtrain import session, vocab
+from mbtrain import guard, session, vocab
 from mbtrain.checkpoint import Progress
 from mbtrain.config import Config
 from mbtrain.data.loader import Batch, Shape, batches
 from mbtrain.data.order import mix_numbers
 from mbtrain.engine import gathered, total
-from mbtrain.errors import CheckpointError, DataError, MbtrainError, NonFiniteError
+from mbtrain.errors import CheckpointError, DataError, DivergedError, MbtrainError
 from mbtrain.model.flops import count
 from mbtrain.model.loss import nats
 from mbtrain.schedule import lr_factor
@@ -42,12 +43,27 @@ class Result:
 
 @dataclass(frozen=True)
 class Sums:
-    """One optimizer step over all ranks: nats, real bytes by source, rank 0's clock, whether a signal came."""
+    """One optimizer step over all ranks: nats, real bytes by source, rank 0's clock, whether to stop, on how many ranks
+    the pending checkpoint is on disk, the digest of the rows, and what was not finite ("" if all was)."""
 
     nats: float
     source_bytes: list[int]
     elapsed_s: float
     stop: bool
+    written: int
+    rows_digest: int
+    trouble: str
+
+
+@dataclass
+class Step:
+    """What this rank adds to a step's sums."""
+
+    nats: Tensor
+    source_bytes: np.ndarray
+    rows_digest: int = 0
+    waited_s: float = 0.0
+    unread: MbtrainError | None = None
 
 
 def train(settings: Config, run: Path, *, resume: bool) -> Result:
@@ -55,7 +71,7 @@ def train(settings: Config, run: Path, *, resume: bool) -> Result:
 
     run     the run directory; made when it is new
     resume  go on from its newest whole checkpoint, if it has one; False: it must not hold a run yet
-    Raises ConfigError, DataError, CheckpointError before anything starts; NonFiniteError before a bad update.
+    Raises ConfigError, DataError, CheckpointError before anything starts; DivergedError before a bad update.
     """
     with session.opened(settings, run, resume) as now:
         progress, stopped = _loop(now, now.progress)
@@ -71,75 +87,107 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
     settings, engine, ranks = now.settings, now.engine, now.ranks
     training_flops = count(settings).training_per_byte
     last_step = session.last_step(settings, now.mixture, now.progress)
-    shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, ranks.rank, ranks.ranks)
-    saved, stopped = progress, False
-    window = session.Window(progress)
+    shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, engine.reader, engine.readers)
+    saved = tried = progress  # the last checkpoint that is on disk or on its way; the last that was due
+    stopped = False
+    window = session.Window(progress, now.saver.held_s)
     engine.module.train()
     gc.collect()
     gc.freeze()  # what is alive now stays; later collections need not walk it
     now.clock.start(progress.elapsed_s)
     with batches(now.mixture, shape, progress.position) as feed:
         while (done := share_done(settings, progress, last_step)) < 1 and not stopped:
-            lost = torch.zeros((), dtype=torch.float64, device=ranks.device)
-            source_bytes = np.zeros(len(now.mixture.sources), np.int64)
-            unread: MbtrainError | None = None
-            batch = _nothing(shape)
-            for micro_step in range(shape.accumulation):
-                asked = time.perf_counter()
-                try:
-                    batch = batch if unread else next(feed)
-                except MbtrainError as error:  # told to all ranks at the sum: until then this one keeps in step
-                    unread, batch = error, _nothing(shape)
-                window.waited_s += time.perf_counter() - asked
-                source_bytes += _bytes_by_source(batch, len(source_bytes))
-                ids = torch.from_numpy(batch.ids).to(ranks.device, non_blocking=True).long()
-                # Dropout's numbers follow from the step alone, so a resumed run draws the same ones.
-                torch.manual_seed(mix_numbers(settings.train.seed, progress.step, micro_step, ranks.rank))
-                each = nats(engine(ids), ids)
-                if batch.mask is None and batch.targets == shape.step_ids:
-                    loss = each.mean()
-                else:  # each id that counts weighs the same, in whichever micro-batch it stands
-                    each = each * _counted(batch, each)
-                    loss = each.sum() * (shape.accumulation * shape.ranks / batch.targets)
-                engine.backward(loss)
-                lost += each.detach().double().sum()
-                if micro_step + 1 < shape.accumulation:
-                    engine.step(0.0)
-            sums = _agree(now, progress, float(lost), source_bytes, unread)
-            factor = lr_factor(settings.optim, progress.step, done)
-            norm = engine.step(factor)
-
+            batch, mine = _accumulate(now, progress, shape, feed)
+            try:
+                sums = _agree(now, progress, mine)
+            except DataError:  # nothing was updated yet, on any rank
+                if session.save(now, progress):
+                    now.saver.close()
+                raise
+            window.waited_s += mine.waited_s
             progress = replace(
                 progress,
                 step=progress.step + 1,
                 position=progress.position + shape.step_ids,
-                bytes=progress.bytes + sum(sums.source_bytes),
-                source_bytes=[a + b for a, b in zip(progress.source_bytes, sums.source_bytes, strict=True)],
                 elapsed_s=sums.elapsed_s,
-                optimizer_steps=progress.optimizer_steps + 1,
+                rows_digest=(progress.rows_digest + sums.rows_digest) % 2**64,
             )
+            loss_nats = sums.nats / batch.targets
+            trouble = sums.trouble or guard.spike(settings.guard, progress.recent_losses, loss_nats)
+            if trouble:
+                progress = replace(
+                    progress, bad_steps=guard.with_bad(settings.guard, progress.bad_steps, progress.step)
+                )
+                _stop_if_told_so(settings, progress, trouble)
+            factor = lr_factor(settings.optim, progress.step - 1, done)
+            norm = engine.step(factor, skip=bool(trouble))
+            if trouble:
+                progress = session.skip(now, progress, trouble, loss_nats)
+            else:
+                progress = replace(
+                    progress,
+                    bytes=progress.bytes + sum(sums.source_bytes),
+                    source_bytes=[a + b for a, b in zip(progress.source_bytes, sums.source_bytes, strict=True)],
+                    optimizer_steps=progress.optimizer_steps + 1,
+                    recent_losses=guard.remembered(settings.guard, progress.recent_losses, loss_nats),
+                )
+                window.add(sums.nats, batch.targets, shape.step_ids)
+            if sums.written == ranks.ranks:
+                now.saver.finish()
             stopped = sums.stop
             over = share_done(settings, progress, last_step) >= 1 or stopped
-            window.add(sums.nats, batch.targets, shape.step_ids)
             if progress.step % settings.log.every_steps == 0 or over:
                 session.report(now, window, progress, lr_factor=factor, grad_norm=norm, done=done, flops=training_flops)
-                window = session.Window(progress)
+                window = session.Window(progress, now.saver.held_s)
             if over:
                 break
             session.live(now, progress, share_done(settings, progress, last_step))
             minutes = settings.checkpoint.every_minutes
             if _due(progress.step, settings.checkpoint.every_steps) or (
-                minutes is not None and progress.elapsed_s - saved.elapsed_s >= 60 * minutes
+                minutes is not None and progress.elapsed_s - tried.elapsed_s >= 60 * minutes
             ):
-                session.save(now, progress)
-                saved = progress
+                tried = progress
+                saved = progress if session.save(now, progress) else saved
             if _due(progress.step, settings.eval.every_steps):
                 session.validate(now, progress, limit_bytes=settings.eval.limit_bytes)
             if _due(progress.step, settings.sample.every_steps):
                 session.sample(now, progress)
-    if progress.step > saved.step and not session.save(now, progress):
+    begun = progress.step == saved.step or session.save(now, progress)
+    if not (now.saver.close() and begun):
         raise CheckpointError(f"{now.run}: the last checkpoint could not be written; see {now.run}/log.txt")
     return progress, stopped
+
+
+def _accumulate(now: Session, progress: Progress, shape: Shape, feed: Iterator[Batch]) -> tuple[Batch, Step]:
+    """The micro-steps of one step, forward and backward; returns the last batch and what this rank adds to the sums."""
+    engine, device = now.engine, now.ranks.device
+    nothing = _nothing(shape)
+    batch = nothing
+    mine = Step(torch.zeros((), dtype=torch.float64, device=device), np.zeros(len(now.mixture.sources), np.int64))
+    for micro_step in range(shape.accumulation):
+        asked = time.perf_counter()
+        try:
+            batch = nothing if mine.unread else next(feed)
+        except MbtrainError as error:  # told to all ranks at the sum: until then this one keeps in step
+            mine.unread, batch = error, nothing
+        mine.waited_s += time.perf_counter() - asked
+        if engine.counts_rows:
+            mine.source_bytes += _bytes_by_source(batch, len(mine.source_bytes))
+            mine.rows_digest += batch.digest
+        ids = torch.from_numpy(batch.ids).to(device, non_blocking=True).long()
+        # Dropout's numbers follow from the step alone, so a resumed run draws the same ones.
+        torch.manual_seed(mix_numbers(now.settings.train.seed, progress.step, micro_step, now.ranks.rank))
+        each = nats(engine(ids), ids[:, engine.columns])
+        if batch.mask is None and batch.targets == shape.step_ids:
+            loss = each.mean()
+        else:  # each id that counts weighs the same, in whichever micro-batch it stands
+            each = each * _counted(batch, engine.columns, each)
+            loss = each.sum() * (shape.accumulation * now.ranks.ranks / batch.targets)
+        engine.backward(loss)
+        mine.nats += each.detach().double().sum()
+        if micro_step + 1 < shape.accumulation:
+            engine.step(0.0)
+    return batch, mine
 
 
 def share_done(settings: Config, progress: Progress, last_step: int | None) -> float:
@@ -157,7 +205,7 @@ def _due(step: int, every: int | None) -> bool:
 def _nothing(shape: Shape) -> Batch:
     """What stands in for a batch that could not be read; its gradients are never used."""
     ids = np.zeros((shape.micro, shape.seq_len), np.int16)
-    return Batch(ids, np.zeros(ids.shape, bool), np.zeros(shape.micro, np.int64), shape.step_ids)
+    return Batch(ids, np.zeros(ids.shape, bool), np.zeros(shape.micro, np.int64), shape.step_ids, 0)
 
 
 def _bytes_by_source(batch: Batch, sources: int) -> np.ndarray:
@@ -167,37 +215,51 @@ def _bytes_by_source(batch: Batch, sources: int) -> np.ndarray:
     return np.bincount(batch.sources, weights=real.sum(axis=1), minlength=sources).astype(np.int64)
 
 
-def _counted(batch: Batch, like: Tensor) -> Tensor:
+def _counted(batch: Batch, columns: slice, like: Tensor) -> Tensor:
     """1.0 for each id that counts, 0.0 for filling, (b, t)."""
     if batch.mask is None:
         return torch.ones_like(like)
-    return torch.from_numpy(batch.mask).to(like.device, like.dtype)
+    return torch.from_numpy(batch.mask[:, columns]).to(like.device, like.dtype)
 
 
-def _agree(now: Session, progress: Progress, lost: float, by_source: np.ndarray, unread: MbtrainError | None) -> Sums:
+def _agree(now: Session, progress: Progress, mine: Step) -> Sums:
     """Sum a step over ranks before its update, and spread signals and trouble.
 
-    Raises on all ranks alike: DataError when any could not read its part, NonFiniteError before a bad update.
+    Raises DataError on all ranks alike when any could not read its part.
     """
     engine, ranks = now.engine, now.ranks
     bad = engine.bad_parameters()
+    lost = float(mine.nats)
     finite = math.isfinite(lost)
     elapsed = now.clock.read() if ranks.rank == 0 else 0.0
-    counts = [float(not finite), float(sum(bad)), float(unread is not None), float(bool(now.stopping))]
-    sums = total([lost if finite else 0.0, elapsed, *counts, *by_source.tolist()], ranks)
-    nats_, elapsed, bad_losses, bad_gradients, unread_parts, stops, *bytes_ = sums
+    high, low = divmod(mine.rows_digest % 2**64, 2**32)  # sums of halves are exact in float64
+    flags = [float(session.told_to_stop(now)), float(now.saver.written()), float(mine.unread is not None)]
+    counts = [float(not finite), float(sum(bad)), float(high), float(low)]
+    sums = total([lost if finite else 0.0, elapsed, *flags, *counts, *mine.source_bytes.tolist()], ranks)
+    nats_, elapsed, stops, written, unread_parts, bad_losses, bad_gradients, high_, low_, *bytes_ = sums
     if unread_parts:
-        said = [f"rank {i}: {text}" for i, text in enumerate(gathered(str(unread or ""))) if text]
+        said = [f"rank {i}: {text}" for i, text in enumerate(gathered(str(mine.unread or ""))) if text]
         raise DataError(f"step {progress.step + 1}: {'; '.join(said[:4])}")
+    trouble = ""
     if bad_losses or bad_gradients:
         names = list(engine.names.values())
         causes = [] if finite else [f"rank {ranks.rank}: the loss is {lost}"]
         causes += [f"rank {ranks.rank}: gradient of {name}" for name, times in zip(names, bad, strict=True) if times][
             :3
         ]
-        listed = "; ".join(cause for of_rank in gathered(causes) for cause in of_rank[:4])
-        raise NonFiniteError(
-            f"step {progress.step + 1}: not finite: {listed}. All ranks stopped before the update and the last "
-            f"checkpoint is good; try a smaller optim.lr, a longer optim.warmup_steps or train.precision=fp32"
-        )
-    return Sums(nats_, [int(n) for n in bytes_], elapsed, stops > 0)
+        trouble = "not finite: " + "; ".join(cause for of_rank in gathered(causes) for cause in of_rank[:4])
+        nats_ = float("nan") if bad_losses else nats_
+    digest = (int(high_) * 2**32 + int(low_)) % 2**64
+    return Sums(nats_, [int(n) for n in bytes_], elapsed, stops > 0, round(written), digest, trouble)
+
+
+def _stop_if_told_so(settings: Config, progress: Progress, trouble: str) -> None:
+    """Raise DivergedError where the guard's policy is to stop, or bad steps have become too many."""
+    policy, limit = settings.guard.policy, settings.guard.limit
+    if policy != "stop" and len(progress.bad_steps) < limit:
+        return
+    so_many = "" if policy == "stop" else f", the last of guard.limit = {limit} bad steps"
+    raise DivergedError(
+        f"step {progress.step}: {trouble}{so_many}. All ranks stopped before the update and the last checkpoint is "
+        f"good; try a smaller optim.lr, a longer optim.warmup_steps, train.precision=fp32, or guard.policy=rewind"
+    )

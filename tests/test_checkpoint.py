@@ -15,29 +15,59 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mbtrain import checkpoint, config
-from mbtrain.checkpoint import Progress, name_of
+from mbtrain.checkpoint import Fragment, Progress, name_of
 from mbtrain.config import Config
 from mbtrain.errors import CheckpointError
 from mbtrain.model import Model, build
 from tests import launch, tiny
 
 
-def state_of(model: Model) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What an engine gives: whole weights and moments by name."""
-    for name, weight in model.state_dict().items():
-        yield name, {"weight": weight, "exp_avg": weight * 2, "exp_avg_sq": weight.square()}
+def state_of(model: Model) -> dict[str, dict[str, Tensor]]:
+    """Whole weights and moments by name."""
+    return {
+        name: {"weight": weight, "exp_avg": weight * 2, "exp_avg_sq": weight.square()}
+        for name, weight in model.state_dict().items()
+    }
 
 
-def write(run: Path, model: Model, progress: Progress, ranks: int = 1, keep_last: int = 10) -> Path:
-    """A checkpoint as so many ranks write it."""
+def fragments_of(state: dict[str, dict[str, Tensor]], rank: int, ranks: int) -> Iterator[Fragment]:
+    """What a rank's engine gives: its stretch of all parameters in a row, as ZeRO cuts them."""
+    everything = sum(whole["weight"].numel() for whole in state.values())
+    first, end = everything * rank // ranks, everything * (rank + 1) // ranks
+    at = 0
+    for name, whole in state.items():
+        numel = whole["weight"].numel()
+        mine = slice(max(first - at, 0), max(min(end - at, numel), 0))
+        if mine.start < mine.stop:
+            yield Fragment(name, mine.start, {kind: value.reshape(-1)[mine] for kind, value in whole.items()})
+        at += numel
+
+
+def write(
+    run: Path,
+    model: Model,
+    progress: Progress,
+    ranks: int = 1,
+    keep_last: int = 10,
+    keep_every_steps: int | None = None,
+) -> Path:
+    """A checkpoint as so many ranks write it, in a run that has just been taken up."""
+    checkpoint.clear(run)
     folder = checkpoint.begin(run, progress.step)
+    state = state_of(model)
     hashes: dict[str, str] = {}
     for rank in range(ranks):
-        hashes |= checkpoint.write_share(folder, checkpoint.share(state_of(model), rank, ranks), rank, ranks)
-    return checkpoint.finish(folder, progress, hashes, keep_last)
+        mine: checkpoint.Share = {}
+        checkpoint.snapshot(fragments_of(state, rank, ranks), mine)
+        hashes |= checkpoint.write_share(folder, mine, rank, ranks)
+    shapes = {name: list(whole["weight"].shape) for name, whole in state.items()}
+    path = checkpoint.finish(folder, progress, shapes, hashes, keep_last, keep_every_steps)
+    checkpoint.sweep(run)
+    return path
 
 
 def made_run(run: Path, settings: Config, step: int = 4) -> Model:
@@ -57,32 +87,96 @@ def model() -> Model:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 64])
-def test_what_was_written_is_read_back_for_any_number_of_files(tmp_path: Path, model: Model, ranks: int) -> None:
-    """Also when there are more ranks than parameters."""
+def test_what_was_written_is_read_back_from_any_number_of_files(tmp_path: Path, model: Model, ranks: int) -> None:
     progress = Progress(
-        step=7, position=2**40, bytes=9, elapsed_s=1.5, optimizer_steps=6, mlflow_run_id="x", loss_scaler={"a": 2.0}
+        step=7,
+        position=2**40,
+        bytes=9,
+        elapsed_s=1.5,
+        optimizer_steps=6,
+        mlflow_run_id="x",
+        loss_scaler={"a": 2.0},
+        rows_digest=2**64 - 1,
+        recent_losses=[0.1, 5.0],
+        bad_steps=[3],
     )
     path = write(tmp_path, model, progress, ranks)
     found = checkpoint.verify(path)
     assert found.progress == progress
     assert len(found.files) == 2 * ranks
-    state = checkpoint.load_state(found)
-    expected = dict(state_of(model))
-    assert state.keys() == expected.keys() == checkpoint.load_weights(found).keys()
+    stored, expected = checkpoint.Stored(found), state_of(model)
+    assert stored.shapes.keys() == expected.keys() == checkpoint.load_weights(found).keys()
     for name, whole in expected.items():
-        assert state[name].keys() == whole.keys()
-        for key, value in whole.items():
-            assert torch.equal(state[name][key], value)
+        for kind, value in whole.items():
+            assert torch.equal(stored.whole(kind, name), value)
+        if name.endswith("qkv.weight"):  # across the files' borders, and nothing at all
+            assert torch.equal(stored.part("exp_avg", name, 3, 1000), whole["exp_avg"].reshape(-1)[3:1003])
+            assert stored.part("exp_avg", name, 3, 0).numel() == 0
 
 
-def test_tied_and_sliced_tensors_are_written_apart(tmp_path: Path) -> None:
-    """The engine may give two names the same memory, or a view."""
-    shared = torch.arange(12.0).view(3, 4)
-    state = [(name, {"weight": t, "exp_avg": t, "exp_avg_sq": t}) for name, t in (("a", shared), ("b", shared.t()))]
+def test_the_files_are_what_safetensors_reads(tmp_path: Path, model: Model) -> None:
+    """We write them ourselves; the library is the judge."""
+    path = write(tmp_path, model, Progress(step=1), ranks=2)
+    read = {}
+    for file in sorted(path.glob("weights-*")):
+        read |= load_file(file)
+    for name, whole in state_of(model).items():
+        pieces = sorted(
+            (int(key.rpartition("@")[2]), value) for key, value in read.items() if key.startswith(f"{name}@")
+        )
+        assert torch.equal(torch.cat([value for _, value in pieces]).view(whole["weight"].shape), whole["weight"])
+
+
+def test_snapshots_use_their_memory_again_and_hold_what_was_then(model: Model) -> None:
+    state = state_of(model)
+    mine: checkpoint.Share = {}
+    checkpoint.snapshot(fragments_of(state, 0, 1), mine)
+    where = {key: tensor.data_ptr() for key, tensor in mine["weights"].items()}
+    before = {key: tensor.clone() for key, tensor in mine["weights"].items()}
+    with torch.no_grad():
+        for whole in state.values():
+            whole["weight"] += 1
+    assert all(torch.equal(mine["weights"][key], value) for key, value in before.items())
+    checkpoint.snapshot(fragments_of(state, 0, 1), mine)
+    assert {key: tensor.data_ptr() for key, tensor in mine["weights"].items()} == where
+    assert all(torch.equal(mine["weights"][key], value + 1) for key, value in before.items())
+
+
+@pytest.mark.parametrize("change", ["missing", "twice", "shifted"])
+def test_stretches_that_do_not_make_a_parameter_whole_are_refused(tmp_path: Path, model: Model, change: str) -> None:
+    """Though every file is as it was written: one rank wrote too little, too much, or to another place."""
+    state = state_of(model)
+    mine: checkpoint.Share = {}
+    checkpoint.snapshot(fragments_of(state, 0, 1), mine)
+    key = next(iter(mine["weights"]))
+    tensor = mine["weights"].pop(key)
+    if change == "twice":
+        mine["weights"] |= {key: tensor, f"{key}1": tensor[1:]}
+    if change == "shifted":
+        mine["weights"][f"{key}1"] = tensor
     folder = checkpoint.begin(tmp_path, 1)
-    hashes = checkpoint.write_share(folder, checkpoint.share(iter(state), 0, 1), 0, 1)
-    path = checkpoint.finish(folder, Progress(step=1), hashes, 1)
-    assert torch.equal(checkpoint.load_weights(checkpoint.verify(path))["b"], shared.t())
+    shapes = {name: list(whole["weight"].shape) for name, whole in state.items()}
+    found = checkpoint.verify(
+        checkpoint.finish(folder, Progress(step=1), shapes, checkpoint.write_share(folder, mine, 0, 1), 1)
+    )
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"its stretches of weight {key.partition('@')[0]} do not make")
+    ):
+        checkpoint.Stored(found)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(tmp_path: Path, model: Model) -> None:
+    found = checkpoint.verify(write(tmp_path, model, Progress(step=1)))
+    shapes = {name: list(shape) for name, shape in found.shapes.items()}
+    checkpoint.must_fit(found, shapes)
+    name = next(iter(shapes))
+    with pytest.raises(CheckpointError, match=f"{name}: got .*, expected 7x7"):
+        checkpoint.must_fit(found, {**shapes, name: [7, 7]})
+    with pytest.raises(CheckpointError, match="another: got nothing, expected 3"):
+        checkpoint.must_fit(found, {**shapes, "another": [3]})
+    del shapes[name]
+    with pytest.raises(CheckpointError, match=f"{name}: got .*, expected nothing"):
+        checkpoint.must_fit(found, shapes)
 
 
 class Killed(BaseException):
@@ -157,6 +251,25 @@ def test_the_newest_stay(tmp_path: Path, model: Model, keep_last: int) -> None:
     assert left == [name_of(step) for step in range(12 - keep_last, 12)]
 
 
+def test_those_of_every_so_many_steps_stay_for_good(tmp_path: Path, model: Model) -> None:
+    for step in range(2, 15, 2):
+        write(tmp_path, model, Progress(step=step), keep_last=2, keep_every_steps=4)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [name_of(n) for n in (4, 8, 12, 14)]
+
+
+def test_what_a_link_points_to_is_never_removed(tmp_path: Path, model: Model) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    run = tmp_path / "run"
+    write(run, model, Progress(step=2))
+    for name in (f".{name_of(4)}.tmp", f".{name_of(2)}.old"):
+        (run / "checkpoints" / name).symlink_to(precious)
+    write(run, model, Progress(step=4), keep_last=1)
+    assert (precious / "file").read_text() == "x"
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [name_of(4)]
+
+
 def test_a_damaged_newer_one_does_not_push_out_the_one_just_written(tmp_path: Path, model: Model) -> None:
     """Gone on from step 2 because step 6 was damaged: step 4 must stay, though keep_last is 1."""
     for step in (2, 6):
@@ -212,8 +325,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a record without its hash": (lambda p: change(p, '"self"', '"sel"'), "checkpoint.json: damaged"),
     "no hashes": (lambda p: record(p, sha256=None), "checkpoint.json: damaged"),
     "hashes a list": (lambda p: record(p, sha256=["a"]), "checkpoint.json: damaged"),
-    "another format": (lambda p: record(p, format=2), "format 2, this version reads 1"),
-    "another format with other fields": (lambda p: record(p, format=2, progress={"x": 1}), "format 2, this version"),
+    "another format": (lambda p: record(p, format=1), "format 1, this version reads 2"),
+    "another format with other fields": (lambda p: record(p, format=9, progress={"x": 1}), "format 9, this version"),
+    "no shapes": (lambda p: record(p, shapes=None), "checkpoint.json: damaged"),
+    "shapes of words": (lambda p: record(p, shapes={"a": ["b"]}), "checkpoint.json: damaged"),
     "unknown progress": (lambda p: record(p, progress={"steps": 1}), "checkpoint.json: damaged"),
     "a path upwards": (lambda p: record(p, sha256={"../../config.yaml": "0"}), "is no plain file name"),
     "an absolute path": (lambda p: record(p, sha256={"/etc/hostname": "0"}), "is no plain file name"),

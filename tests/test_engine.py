@@ -5,6 +5,7 @@ pytest tests/test_engine.py
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mbtrain.engine import deepspeed_config, parameter_groups
+from mbtrain.engine import _single_process_defaults, deepspeed_config, parameter_groups
 from mbtrain.errors import ConfigError
 from mbtrain.model import build
 from tests import launch, tiny
@@ -45,6 +46,10 @@ def golden(stage: int, precision: str) -> dict[str, Any]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_whole_deepspeed_dictionary(stage: int, precision: str) -> None:
     train = {"zero_stage": stage, "precision": precision, "gradient_clipping": 0.5}
+    if (stage, precision) == (0, "fp16"):
+        with pytest.raises(ConfigError, match=r"train\.zero_stage: got 0, expected 1, 2 or 3"):
+            tiny.make(train=train)
+        return
     settings = tiny.make(train={**train, "global_batch_size": 8, "micro_batch_size": 2})
     made = deepspeed_config(settings, ranks=2)
     assert made == golden(stage, precision)
@@ -128,3 +133,28 @@ def test_start_makes_a_process_group_of_one_and_does_not_import_mlflow() -> None
     )
     done = subprocess.run([sys.executable, "-c", program], env=launch.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, ("3", "4", "1", "2")),  # deepspeed
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "9"},
+            ("3", "4", "1", "2"),
+        ),
+        ({"SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, ("5", "9", "1", "4")),
+        ({"SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1"}, ("5", "9", "1", "1")),
+        ({"SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,5", "SLURM_TASKS_PER_NODE": "1"}, ("5", "9", "1", "5")),
+        ({"SLURM_TASKS_PER_NODE": "8", "SLURM_NTASKS_PER_NODE": "2"}, ("5", "9", "1", "8")),
+        ({}, ("5", "9", "1", "1")),
+    ],
+)
+def test_a_launchers_variables_say_where_a_process_stands(
+    given: dict[str, str], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "9", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"}
+    monkeypatch.setattr("os.environ", {**given} if "RANK" in given else {**slurm, **given})
+    _single_process_defaults()
+    assert tuple(os.environ[name] for name in names) == expected

@@ -20,6 +20,8 @@ import yaml
 
 from mbtrain import metrics, tracking
 from mbtrain.errors import MbtrainError
+from mbtrain.tracking import files, sending
+from mbtrain.tracking import shipper as shipping
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -97,13 +99,13 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def spawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spawn]:
     """`start_shipper` whose processes, and those that `finish` starts, do not outlive the test."""
     started = []
-    popen = tracking._spawn
+    popen = tracking.trainer._spawn
 
     def remember(*args: Any) -> "subprocess.Popen[bytes]":
         started.append(popen(*args))
         return started[-1]
 
-    monkeypatch.setattr(tracking, "_spawn", remember)
+    monkeypatch.setattr(tracking.trainer, "_spawn", remember)
     yield tracking.start_shipper
     for process in started:
         process.kill()
@@ -350,7 +352,7 @@ def test_a_deleted_run_is_not_made_again_behind_the_users_back(uri: str, run: Pa
     from mlflow import MlflowClient
 
     MlflowClient(uri).delete_run(tracking.sync(run, uri=uri)["run_id"])
-    with pytest.raises(MbtrainError, match="was deleted; restore it"):
+    with pytest.raises(MbtrainError, match="was deleted, so nothing is sent; restore it"):
         tracking.sync(run, uri=uri)
 
 
@@ -407,7 +409,7 @@ def test_a_log_batch_that_fails_half_way_is_sent_again_without_a_double(
         broken.setattr(MlflowClient, "log_batch", lose_the_answer)
         with pytest.raises(MbtrainError, match=r"the answer was lost$"):
             tracking.sync(run, uri=uri)
-    assert points(uri).total() == tracking.MAX_METRICS
+    assert points(uri).total() == sending.MAX_METRICS
     tracking.sync(run, uri=uri)
     assert points(uri) == expected_points(run)
 
@@ -415,7 +417,7 @@ def test_a_log_batch_that_fails_half_way_is_sent_again_without_a_double(
 def test_artifacts_that_cannot_be_stored_stop_no_metrics(
     uri: str, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mlflow import MlflowClient
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
     def fail(*args: Any) -> None:
         raise OSError("no space left")
@@ -423,8 +425,8 @@ def test_artifacts_that_cannot_be_stored_stop_no_metrics(
     (run / "status.json").write_text('{"status": "FINISHED"}')
     request = {"tracking_uri": uri, "experiment": "exp", "run_name": "run", "interval_s": 0.1, "deadline_s": 0.5}
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowClient, "log_artifact", fail)
-        assert tracking._ship(run, request, trainer=None) == 1
+        broken.setattr(LocalArtifactRepository, "log_artifact", fail)
+        assert shipping.ship(run, request, process=None) == 1
     assert points(uri) == expected_points(run)
     assert status(uri) == "FINISHED"
     assert "artifacts: OSError: no space left" in caplog.text
@@ -455,7 +457,7 @@ def test_default_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tracking.default_uri() == tracking.default_uri(tmp_path) == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
     assert list(tmp_path.iterdir()) == []
-    assert tracking._absolute("sqlite:///a/b.db?x=1") == f"sqlite:///{tmp_path}/a/b.db?x=1"
+    assert files.absolute("sqlite:///a/b.db?x=1") == f"sqlite:///{tmp_path}/a/b.db?x=1"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert tracking.default_uri() == "http://server:5000"
 
@@ -465,8 +467,8 @@ def test_a_password_is_in_no_file(run: Path, monkeypatch: pytest.MonkeyPatch, sp
     spawn(run, "http://me:secret@127.0.0.1:9/x", "exp", "run")
     assert json.loads((run / "tracking.json").read_text())["tracking_uri"] == "http://127.0.0.1:9/x"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9/x")
-    assert tracking._with_password("http://127.0.0.1:9/x") == "http://me:secret@127.0.0.1:9/x"
-    assert tracking._with_password("http://elsewhere/x") == "http://elsewhere/x"
+    assert files.with_password("http://127.0.0.1:9/x") == "http://me:secret@127.0.0.1:9/x"
+    assert files.with_password("http://elsewhere/x") == "http://elsewhere/x"
 
 
 def test_start_forgets_the_end_of_the_part_before(run: Path, monkeypatch: pytest.MonkeyPatch, spawn: Spawn) -> None:
@@ -512,8 +514,8 @@ def test_ui_is_local_and_serves_the_default_store(tmp_path: Path, monkeypatch: p
     program, command, environment = calls[0]
     assert (program, command[1:4]) == (sys.executable, ["-m", "mlflow", "server"])
     options = dict(zip(command[4::2], command[5::2], strict=True))
-    assert options["--backend-store-uri"] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
-    assert options["--artifacts-destination"] == (tmp_path / "mlruns" / "artifacts").as_uri()
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert environment["MLFLOW_ARTIFACTS_DESTINATION"] == (tmp_path / "mlruns" / "artifacts").as_uri()
     assert (options["--host"], options["--port"]) == ("127.0.0.1", "5000")
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"

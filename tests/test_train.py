@@ -10,13 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mbtrain import checkpoint, config, evaluate, metrics, session
 from mbtrain.data.rows import Stream
@@ -109,6 +109,38 @@ def test_two_ranks_of_every_zero_stage_agree_with_one(
     assert evaluate.evaluate_run(run, batch=3)["bpb"] == pytest.approx(lines[-1]["val/bpb"], abs=1e-6)
 
 
+@pytest.mark.parametrize(("ranks", "sequence", "stage"), [(2, 2, 1), (4, 2, 2), (4, 4, 3), (2, 2, 0)])
+@pytest.mark.parametrize("rows", ["packed", "sample"])
+def test_ranks_that_share_their_rows_agree_with_one(
+    shards: Path, tmp_path: Path, ranks: int, sequence: int, stage: int, rows: str
+) -> None:
+    """Sequence parallelism, also with rows of which only some ids count, and of which a rank may have none."""
+    if rows == "sample" and (ranks, stage) != (4, 3):
+        pytest.skip("once is enough")
+    model = {"stages": [{**tiny.tree(2)["model"]["stages"][0], "n_heads": 4}, *tiny.tree(2)["model"]["stages"][1:]]}
+    settings = tree(shards, model=model, data={"rows": rows}, train={"sequence_parallel": sequence})
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    path = launch.config_file(tmp_path, settings)
+    launch.mbtrain(["train", str(path), f"--run={run}", f"--train.zero_stage={stage}"], ranks=ranks)
+    launch.mbtrain(["train", str(path), f"--run={alone}", "--train.sequence_parallel=1"])
+    assert launch.losses(run) == pytest.approx(launch.losses(alone), abs=1e-5)
+    (bpb, expected), (done, whole) = zip(*[(scores(r), progress_of(r)) for r in (run, alone)], strict=True)
+    assert bpb == pytest.approx(expected, abs=1e-5)
+    assert (done.bytes, done.rows_digest) == (whole.bytes, whole.rows_digest)
+    for name, weight in weights(run).items():
+        torch.testing.assert_close(weight, weights(alone)[name], atol=WEIGHT_NOISE, rtol=0)
+
+
+def scores(run: Path) -> list[float]:
+    return [line["val/bpb"] for line in metrics.read(run / "metrics.jsonl") if "val/bpb" in line]
+
+
+def progress_of(run: Path) -> checkpoint.Progress:
+    found, _ = checkpoint.newest(run)
+    assert found is not None
+    return found.progress
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 2)])
 def test_the_cut_of_the_global_batch_does_not_matter(
     shards: Path, tmp_path: Path, settings: Path, ranks: int, micro: int
@@ -129,16 +161,23 @@ def with_dropout(shards: Path, tmp_path: Path, stage: int, precision: str, steps
     return launch.config_file(tmp_path, tree(shards, model={"block": {"dropout": 0.1}}, train=train))
 
 
-def same_end(run: Path, other: Path, step: int) -> None:
-    """Metrics of every step, weights and moments are the same, bit for bit."""
-    assert launch.losses(run) == launch.losses(other)
+def same_end(run: Path, other: Path, step: int, files: int = 4) -> None:
+    """What was measured at every step, weights, moments and progress are the same, bit for bit."""
+    assert measured(run) == measured(other)
     assert len(launch.losses(run)) == step
-    files = sorted((run / "checkpoints" / checkpoint.name_of(step)).glob("*.safetensors"))
-    assert len(files) == 4
-    for file in files:
-        twin = load_file(other / "checkpoints" / checkpoint.name_of(step) / file.name)
-        for name, value in load_file(file).items():
-            assert torch.equal(value, twin[name]), name
+    path, twin = (r / "checkpoints" / checkpoint.name_of(step) for r in (run, other))
+    assert len(list(path.glob("*.safetensors"))) == files
+    for file in sorted(path.glob("*.safetensors")):
+        assert file.read_bytes() == (twin / file.name).read_bytes(), file.name
+    was, now = (asdict(checkpoint.verify(p).progress) for p in (path, twin))
+    assert {**was, "elapsed_s": 0, "mlflow_run_id": ""} == {**now, "elapsed_s": 0, "mlflow_run_id": ""}
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the clock and the machine decide."""
+    kept = ("step", "train/", "val/", "optim/", "guard/", "progress/bytes", "progress/epoch", "data/")
+    lines = metrics.read(run / "metrics.jsonl")
+    return [{key: repr(value) for key, value in line.items() if key.startswith(kept)} for line in lines]
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16")])
@@ -190,6 +229,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(shards: Path, tmp_path: P
 
 LONG = {"steps": 100_000}  # until something ends it
 SELDOM = {"every_steps": 100_000}
+
+
+@pytest.mark.parametrize("told", ["SIGUSR1", "SIGINT", "file"])
+def test_other_ways_to_say_stop(shards: Path, tmp_path: Path, told: str) -> None:
+    run = tmp_path / "run"
+    path = launch.config_file(tmp_path, tree(shards, train=LONG, checkpoint=SELDOM))
+    processes = launch.begin(["train", str(path), f"--run={run}"], ranks=2)
+    launch.wait_for((run / "metrics.jsonl").exists, processes)
+    if told == "file":
+        (run / "stop").touch()
+    else:
+        processes[0].send_signal(signal.Signals[told])
+    ended = launch.end(processes, timeout_s=60)
+    assert ended.codes == [143, 143], ended.stderr
+    assert progress_of(run).step == len(launch.losses(run))
+    assert not (run / "stop").exists(), "the next start must not stop at once"
 
 
 def test_sigterm_saves_and_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
@@ -324,6 +379,39 @@ def test_a_disk_that_is_full_on_one_rank_costs_checkpoints_but_not_the_run(shard
     assert [p.name for p in (run / "checkpoints").iterdir()] == [checkpoint.name_of(len(launch.losses(run)))]
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_by_itself(
+    shards: Path, tmp_path: Path, settings: Path
+) -> None:
+    """Its metrics, samples and damaged files are all that is left of it: nothing is changed."""
+    run = tmp_path / "run"
+    launch.mbtrain(["train", str(settings), f"--run={run}"])
+    for path in (run / "checkpoints").iterdir():
+        os.truncate(path / "checkpoint.json", 10)
+    before = contents(run)
+    ended = launch.mbtrain(["train", str(settings), f"--resume={run}"], expect=2)
+    assert "none of its 3 checkpoints is whole" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert contents(run) == before
+
+
+def test_which_checkpoints_a_run_keeps(shards: Path, tmp_path: Path) -> None:
+    """The newest stays, and those of every 40 steps; how long training waited is said."""
+    run = tmp_path / "run"
+    settings = tree(shards, train=LONG, checkpoint={"every_steps": 20, "keep_last": 1, "keep_every_steps": 40})
+    path = launch.config_file(tmp_path, settings)
+    processes = launch.begin(["train", str(path), f"--run={run}"], ranks=2)
+    checkpoints = run / "checkpoints"
+    launch.wait_for(lambda: (checkpoints / checkpoint.name_of(60)).exists(), processes)
+    processes[0].send_signal(signal.SIGTERM)
+    ended = launch.end(processes, timeout_s=60)
+    last = progress_of(run).step
+    kept = {checkpoint.name_of(step) for step in range(40, last + 1, 40)}
+    assert {path.name for path in checkpoints.iterdir()} == kept | {checkpoint.name_of(last)}
+    lines = ended.stderr.splitlines()
+    saved = [i for i, line in enumerate(lines) if "· saved step_0000000020" in line]
+    assert re.search(r"training waited 0\.\d{3} s", lines[saved[0]])
+
+
 def test_a_tar_cut_off_while_training_ends_all_ranks_with_one_line(shards: Path, tmp_path: Path) -> None:
     """Only the rank whose row lies there finds out, in one of its four micro-steps; the other is told."""
     copied = tmp_path / "shards"
@@ -342,6 +430,7 @@ def test_a_tar_cut_off_while_training_ends_all_ranks_with_one_line(shards: Path,
     assert re.match(rf"mbtrain: step \d+: rank [01]: {tar}: cut off", said[0])
     assert "Traceback" not in ended.stderr
     assert '"FAILED"' in (run / "status.json").read_text()
+    assert progress_of(run).step == len(launch.losses(run)), "what was trained until then is saved"
 
 
 @pytest.mark.parametrize(
@@ -357,12 +446,14 @@ def test_a_tar_cut_off_while_training_ends_all_ranks_with_one_line(shards: Path,
         ),
         ("--data.path=/nowhere", "/nowhere"),
         ("--data.val_split=dev", "data.val_split: got 'dev', expected one of"),
-        ("--train.precision=fp16", "train.precision: got fp16"),
+        ("--train.precision=fp16", "train.zero_stage: got 0, expected 1, 2 or 3 with train.precision=fp16"),
+        ("--train.precision=fp16 --train.zero_stage=1", "train.precision: got fp16"),
+        ("--train.sequence_parallel=3", "train.sequence_parallel: got 3, expected a divisor of"),
         ("--run=/dev/null/run", "Not a directory: '/dev/null/run"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(settings: Path, tmp_path: Path, override: str, said: str) -> None:
-    ended = launch.mbtrain(["train", str(settings), f"--run={tmp_path / 'run'}", override], ranks=2, expect=2)
+    ended = launch.mbtrain(["train", str(settings), f"--run={tmp_path / 'run'}", *override.split()], ranks=2, expect=2)
     lines = [line for line in ended.stderr.splitlines() if "mbtrain: " in line]
     assert said in lines[0], ended.stderr
     assert "Traceback" not in ended.stderr

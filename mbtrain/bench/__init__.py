@@ -10,6 +10,8 @@ from mbtrain.bench.generation import generate
 from mbtrain.bench.overhead import deepspeed
 from mbtrain.bench.quality import quality
 from mbtrain.bench.recipe import recipe
+from mbtrain.bench.saving import saving
+from mbtrain.bench.sequence import sequence
 from mbtrain.bench.training import train
 
 VERBS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -19,4 +21,6 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "deepspeed": deepspeed,
     "recipe": recipe,
     "data": data,
+    "saving": saving,
+    "sequence": sequence,
 }

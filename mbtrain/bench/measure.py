@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -47,12 +48,13 @@ class PeerCount:
 
 
 @contextmanager
-def worker(command: Sequence[str], name: str, threads: int) -> Iterator[Ask]:
+def worker(command: Sequence[str], name: str, threads: int, **variables: str) -> Iterator[Ask]:
     """Start a worker of the protocol in peer.py with so many threads and wait until it is ready.
 
+    variables are added to its environment.
     Raises MbtrainError with the last line that the worker wrote when it ends early.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **variables}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env, text=True, bufsize=1
@@ -245,6 +247,13 @@ def machine(threads: int) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "commit": hardware.commit(),
     }
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def say(line: str) -> None:

@@ -7,6 +7,7 @@ everything, and no rank ever waits for one that ran out.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -47,19 +48,29 @@ class Batch:
     mask      bool [micro, seq_len]: which ids count; None: all
     sources   int64 [micro]: the number of each row's source
     targets   ids that count in the whole optimizer step, over all ranks and micro-steps
+    digest    sum of the rows' `row_digest`
     """
 
     ids: np.ndarray
     mask: np.ndarray | None
     sources: np.ndarray
     targets: int
+    digest: int
 
 
 def micro_batch(mixture: Mixture, shape: Shape, position: int, micro_step: int, targets: int) -> Batch:
     """This rank's rows in one micro-step of the optimizer step that begins at `position` (in ids) and has `targets`."""
     first = position // shape.seq_len + (micro_step * shape.ranks + shape.rank) * shape.micro
     rows = mixture.rows(first, shape.micro)
-    return Batch(rows.ids, rows.mask, rows.sources, targets)
+    digest = sum(row_digest(first + i, ids) for i, ids in enumerate(rows.ids))
+    return Batch(rows.ids, rows.mask, rows.sources, targets, digest)
+
+
+def row_digest(number: int, ids: np.ndarray) -> int:
+    """64 bits of a hash of a row's number and its ids, int16 [T]: sums of these tell which rows were read."""
+    content = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
+    content.update(ids.tobytes())
+    return int.from_bytes(content.digest(), "little")
 
 
 @contextmanager

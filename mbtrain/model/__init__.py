@@ -4,6 +4,7 @@ A model is an nn.Module with
 
     forward(ids (b, t) int64) -> logits (b, t, v)     logits[:, i] predict ids[:, i] from ids[:, :i] alone
     vocab_size, seq_len, config
+    share(part, attend)                      where ranks share rows (sequence.py): logits of part.columns(t) alone
 
 and the functions beside it take any of them: loss.nats, decode.Decoder, flops.count. Training, evaluation and
 sampling know no model by name.

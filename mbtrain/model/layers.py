@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mbtrain.config import BlockConfig, InitConfig, StageConfig
+from mbtrain.model.sequence import WHOLE, Attend, Part
 
 ROLES = ("embedding", "position", "pad", "hidden", "project", "readout", "gain", "bias")
 NORM_EPS = 1e-5
@@ -181,13 +182,18 @@ def causal_mask(t: int, s: int, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention with one matrix for queries, keys and values; x (b, t, d) -> (b, t, d)."""
+    """Multi-head causal attention with one matrix for queries, keys and values; x (b, t, d) -> (b, t, d).
+
+    Where ranks share rows, x is this rank's `part` of the positions and `attend` looks at those of all ranks.
+    """
 
     def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
         super().__init__()
         d = stage.d_model
         self.n_heads, self.d_head = stage.n_heads, stage.d_head
         self.qk_norm, self.rotary, self.dropout = block.qk_norm, rotary, block.dropout
+        self.part: Part = WHOLE
+        self.attend: Attend = attend
         self.qkv = Linear(matrix("hidden", 3 * d, d, init), block.bias)
         self.out = Linear(matrix("hidden", d, d, init, _branch_scale(stage, init)), block.bias)
 
@@ -197,13 +203,15 @@ class Attention(nn.Module):
             q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
             k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
         if self.rotary:
-            cos, sin = rotary_angles(cache.used if cache else 0, x.shape[1], self.d_head, x.device)
+            start = self.part.index * x.shape[1] if cache is None else cache.used
+            cos, sin = rotary_angles(start, x.shape[1], self.d_head, x.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             now = slice(cache.used, cache.used + x.shape[1])
             cache.keys[:, :, now], cache.values[:, :, now] = k, v
             k, v = cache.keys[:, :, : now.stop], cache.values[:, :, : now.stop]
-        mixed = attend(q, k, v, self.dropout if self.training else 0.0, mask)
+        look = self.attend if cache is None else attend  # generation is one rank's own
+        mixed = look(q, k, v, self.dropout if self.training else 0.0, mask)
         return cast(Tensor, self.out(rearrange(mixed, "b h t c -> b t (h c)")))
 
 
@@ -268,8 +276,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A causal stack of blocks with a final norm; x (b, t, d) -> (b, t, d).
 
-    starts (b, s), over all positions so far, those in the caches too, is True where a document starts: given it, no
-    position sees another document. The price is a mask in place of the fast path that knows causality alone.
+    starts (b, s), over all positions so far, those in the caches and those of other ranks that share the row too, is
+    True where a document starts: given it, no position sees another document. The price is a mask in place of the fast
+    path that knows causality alone.
     """
 
     def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, *, rotary: bool, final_norm: bool):
@@ -282,7 +291,8 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, caches: list[LayerCache] | None = None, starts: Tensor | None = None) -> Tensor:
         apart: tuple[Tensor, ...] = ()
         if starts is not None:
-            apart = (starts[:, -x.shape[1] :], same_document(starts, x.shape[1]))
+            looking = starts.shape[1] if caches is None else x.shape[1]
+            apart = (starts[:, -x.shape[1] :], same_document(starts, looking))
         for i, block in enumerate(self.blocks):
             if caches is not None:
                 x = block(x, caches[i], *apart)

@@ -21,6 +21,8 @@ With isolate_documents (ours, too) a packed row gives every document the logits 
 row. The loader lays documents out so that each begins with a patch; the model finds them by the boundaries in ids:
 patch k starts a document if k = 0 or patch k - 1 holds a boundary. There eq. 2's shift brings the pad, the positions
 of eq. 1 begin again, and eq. 3 looks no further back. Finer stages run inside one patch and never see two documents.
+
+Ranks may share rows (sequence.py): each has all ids and computes the logits of its own part of the patches.
 """
 
 from __future__ import annotations
@@ -34,13 +36,20 @@ from torch import Tensor, nn
 
 from mbtrain import vocab
 from mbtrain.config import ModelConfig
-from mbtrain.model.layers import Transformer, draw, matrix, parameter, table
+from mbtrain.model.layers import Attention, Transformer, draw, matrix, parameter, table
+from mbtrain.model.sequence import WHOLE, Attend, Part
 
 
 def document_starts(ids: Tensor, patch_size: int) -> Tensor:
     """Which patches start a document, (b, k): the first, and each after a patch that holds a boundary; ids (b, t)."""
     ends = rearrange(ids == vocab.BOUNDARY, "b (k p) -> b k p", p=patch_size).any(dim=-1)
     return torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), dim=1)
+
+
+def places_in_documents(starts: Tensor) -> Tensor:
+    """Each patch's number inside its own document, (b, k); starts (b, k) is True where a document starts."""
+    k = torch.arange(starts.shape[1], device=starts.device)
+    return k - torch.where(starts, k, 0).cummax(dim=1).values
 
 
 class Stage(nn.Module):
@@ -80,6 +89,22 @@ class Stage(nn.Module):
         x = torch.cat((self.first(embedded), embedded[:, :-1]), dim=1)
         return self.condition(x if starts is None else self.restart(x, starts), coarse)
 
+    def inputs_of(self, part: Part, ids: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Of the coarsest stage's `inputs`, those of this part of the patches; ids and starts are the whole row's.
+
+        Each needs the patch before it, whose bytes are at hand. The pad and the tables take part in every part's
+        inputs, be it times 0: each rank then has a gradient of every parameter, as ZeRO's sums over ranks need.
+        """
+        p, k = self.patch_size, ids.shape[1] // self.patch_size
+        if starts is None:
+            starts = (torch.arange(k, device=ids.device) == 0).unsqueeze(0)
+        own = part.columns(k)
+        before = F.pad(ids, (p, -p))[:, own.start * p : own.stop * p]
+        x = rearrange(F.embedding(before, self.embed), "b (k p) d -> b k (p d)", p=p)
+        if self.positions is not None:
+            x = x + self.positions_at(F.pad(places_in_documents(starts), (1, -1))[:, own])
+        return self.restart(x, starts[:, own])
+
     def embedded(self, ids: Tensor, starts: Tensor | None = None) -> Tensor:
         """Bytes embedded and concatenated to this stage's positions: ids (b, t) -> (b, k, d) or ((b k), r, d)."""
         h = F.embedding(ids, self.embed)
@@ -92,10 +117,12 @@ class Stage(nn.Module):
 
     def positions_from(self, starts: Tensor) -> Tensor:
         """The coarsest stage's learned positions of whole patches, (b, k, d), counted from where documents start."""
+        return self.positions_at(places_in_documents(starts))
+
+    def positions_at(self, places: Tensor) -> Tensor:
+        """The coarsest stage's learned positions of whole patches by number, (b, k) -> (b, k, d)."""
         assert self.positions is not None
-        k = torch.arange(starts.shape[1], device=starts.device)
-        begun = torch.where(starts, k, 0).cummax(dim=1).values
-        return F.embedding(k - begun, rearrange(self.positions, "(k p) d -> k (p d)", p=self.patch_size))
+        return F.embedding(places, rearrange(self.positions, "(k p) d -> k (p d)", p=self.patch_size))
 
     def restart(self, x: Tensor, starts: Tensor) -> Tensor:
         """x (b, k, d) with the pad in place of the patch of another document, where starts (b, k) is True."""
@@ -123,7 +150,8 @@ class Stage(nn.Module):
 class Megabyte(nn.Module):
     """ids (b, t) -> logits (b, t, v), logits[:, i] being for ids[:, i] given ids[:, :i]. Any t >= 1.
 
-    seq_len bounds t only where the coarsest stage has learned positions.
+    seq_len bounds t only where the coarsest stage has learned positions. Of a row that is shared (see `share`) the
+    logits are those of part.columns(t) alone, and t is a multiple of the patch size times the parts.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int):
@@ -133,20 +161,36 @@ class Megabyte(nn.Module):
         self.stages = nn.ModuleList(Stage(config, i, vocab_size, seq_len) for i in range(len(config.stages)))
         width = config.stages[-1].d_model
         self.readout = None if config.tied else matrix("readout", vocab_size, width, config.init)
+        self.part = WHOLE
+
+    def share(self, part: Part, attend: Attend) -> None:
+        """Compute only this part of every row from now on; attend (sequence.by_head) looks at all ranks' positions.
+
+        Generation stays whole. Raises ValueError for a model that cannot be cut so.
+        """
+        if self.config.stages[0].n_heads % part.parts:
+            raise ValueError(f"sequence parallelism: {self.config.stages[0].n_heads} heads, {part.parts} parts")
+        if self.config.block.token_shift:
+            raise ValueError("sequence parallelism: token_shift looks at the patch before, on another rank")
+        self.part = part
+        for module in cast(Stage, self.stages[0]).modules():
+            if isinstance(module, Attention):
+                module.part, module.attend = part, attend
 
     def forward(self, ids: Tensor) -> Tensor:
         b, t = ids.shape
+        if self.part.parts > 1 and t % (self.patch_size * self.part.parts):
+            raise ValueError(f"rows of {t} bytes in patches of {self.patch_size}: no {self.part.parts} equal parts")
         # A row that ends inside a patch is filled up; causality keeps the filling out of every logit that is returned.
         filled = F.pad(ids, (0, -t % self.patch_size))
         starts = document_starts(filled, self.patch_size) if self.config.isolate_documents else None
-        coarse: Tensor | None = None
-        for module in self.stages:
-            stage = cast(Stage, module)
-            x = stage.transformer(stage.inputs(filled, coarse, starts), starts=starts)
-            coarse = rearrange(x, "n r d -> (n r) d")
-            starts = None  # finer stages run inside one patch
-        assert coarse is not None
-        return self.logits(rearrange(coarse, "(b t) d -> b t d", b=b)[:, :t])
+        own = self.part.columns(filled.shape[1])
+        first, *finer = (cast(Stage, stage) for stage in self.stages)
+        x = first.inputs(filled, None, starts) if self.part == WHOLE else first.inputs_of(self.part, filled, starts)
+        x = first.transformer(x, starts=starts)
+        for stage in finer:  # they run inside one patch: no documents, no other ranks
+            x = stage.transformer(stage.inputs(filled[:, own], rearrange(x, "n r d -> (n r) d")))
+        return self.logits(rearrange(x, "(b k) r d -> b (k r) d", b=b)[:, :t])
 
     def logits(self, x: Tensor) -> Tensor:
         """The last stage's output (..., d) -> logits (..., v), eq. 6."""

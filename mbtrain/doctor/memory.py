@@ -1,0 +1,207 @@
+"""What a rank needs to train, in bytes, by formula: weights, gradients, optimizer states, exchange, activations.
+
+The copies are those that DeepSpeed 0.19.8 makes of mbtrain.engine's configuration, seen as the growth of resident
+memory (with a C library that gives back what is freed) over precisions, stages, 1, 2 and 4 ranks and accumulation. In
+bytes a parameter, of n ranks:
+
+                     weights     gradients     optimizer     exchange
+    fp32, autocast
+      stage 0        4           4             8             4
+      stage 1        4           4             12/n          4 c
+      stage 2        4           4 c [+ 4/n]   12/n          4 c
+      stage 3        4/n + 4 f   4 c + 4/n     12/n          4 c
+    bf16
+      stage 1        2           4             12/n          8
+      stage 2        2           2 c + 4/n     12/n          2 c
+      stage 3        2/n + 2 f   2 c + 4/n     12/n          2 c
+
+c: of what one bucket takes, 500 million elements, which a GPU gives whole and a CPU as far as it is used. f: of what
+stage 3 keeps fetched, 1,000 million. [] where gradients are accumulated, or fill more than a bucket. bf16 at stage 0 is
+autocast. Exchange is there while gradients are summed, when activations are gone, so the larger of both counts. fp16 is
+read off the source and not measured.
+
+Activations are what each operation of mbtrain.model keeps for the backward pass; a test holds them against torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mbtrain.config import Config, batch_shape
+from mbtrain.errors import ConfigError
+from mbtrain.log import size
+from mbtrain.model.flops import count
+
+Device = Literal["cpu", "cuda"]
+
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
+FETCHED = 1_000_000_000  # its stage3_max_live_parameters
+PLAIN_ATTENTION_MAX_T = 512  # of layers.py, which is not imported here: it brings torch
+# A process without a model: on CPU 0.27 GB with torch and DeepSpeed, and 0.13 GB that ZeRO's start adds, as measured;
+# beside a GPU its driver's and NCCL's part as well, which is a guess.
+PROCESS_BYTES = {"cpu": 400_000_000, "cuda": 3_000_000_000}
+# glibc is told to keep freed memory (engine.keep_memory): what stays resident was 1.0 to 2.1 times what tensors need.
+KEPT = 1.6
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one rank. `total` is their peak: exchange comes when activations are gone."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    exchange: float
+    activations: float
+
+    @property
+    def states(self) -> float:
+        """All that does not depend on the batch."""
+        return self.weights + self.gradients + self.optimizer + self.exchange
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + max(self.exchange, self.activations)
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """Bytes of host memory for one rank: the process itself, training, and a checkpoint's copy of what it owns."""
+
+    process: float
+    training: float
+    snapshot: float
+
+
+def predict(settings: Config, ranks: int, device: Device, stage: int | None = None) -> Need:
+    """What one of so many ranks needs; at another ZeRO stage than the configuration's where one is given.
+
+    Raises ConfigError where so many ranks cannot share the batch.
+    """
+    stage = settings.train.zero_stage if stage is None else stage
+    precision = settings.train.precision
+    if precision == "bf16" and stage == 0:
+        precision = "autocast"
+    micro, accumulation = batch_shape(settings, ranks)
+    p = float(count(settings).parameters)
+    bucket = float(BUCKET) if device == "cuda" else min(p, BUCKET)
+    fetched = min(p, FETCHED)
+    e = 2 if precision in ("bf16", "fp16") else 4
+    optimizer = 12 * p / ranks
+    if stage == 0:
+        weights, gradients, exchange = e * p, e * p, 4 * min(p, BUCKET)
+        optimizer = 12 * p if e == 2 else 8 * p
+    elif stage == 1 and precision == "bf16":
+        weights, gradients, exchange = 2 * p, 4 * p, 8 * p
+    elif stage == 1:
+        weights, gradients, exchange = e * p, e * p, e * bucket
+    elif stage == 2:
+        kept = 4 * p / ranks if e == 2 or accumulation > 1 or p > BUCKET else 0.0
+        weights, gradients, exchange = e * p, e * bucket + kept, e * min(p, BUCKET)
+    else:
+        weights = e * p / ranks + e * fetched
+        gradients, exchange = e * bucket + 4 * p / ranks, e * min(p, BUCKET)
+    held = sum(activations(settings, micro, device, precision)) + (2 * p if precision == "autocast" else 0)
+    return Need(weights, gradients, optimizer, exchange, held)
+
+
+def on_host(settings: Config, ranks: int, *, cuda: bool) -> OnHost:
+    """Host memory that one rank takes. Beside a GPU, training's is the fp32 model that each rank builds first."""
+    p = float(count(settings).parameters)
+    training = 4 * p if cuda else KEPT * predict(settings, ranks, "cpu").total
+    return OnHost(PROCESS_BYTES["cuda" if cuda else "cpu"], training, 12 * p / ranks)
+
+
+def checkpoint_bytes(settings: Config, last_step: int | None) -> int:
+    """What checkpoints take on the disk at most: keep_last and one being written, and those that stay for good."""
+    keep = settings.checkpoint
+    for_good = (last_step or 0) // keep.keep_every_steps if keep.keep_every_steps else 0
+    return 12 * count(settings).parameters * (keep.keep_last + 1 + for_good)
+
+
+def activations(settings: Config, micro: int, device: Device, precision: str | None = None) -> tuple[float, float]:
+    """(what the forward pass of `micro` rows leaves for the backward pass on one rank, the largest tensors beside it).
+
+    The copies of the weights that autocast makes are not counted here.
+    """
+    precision = precision or settings.train.precision
+    model, rows, parts = settings.model, settings.data.seq_len * micro, settings.train.sequence_parallel
+    again = settings.train.activation_checkpointing
+    wide = 2 if precision in ("bf16", "fp16") else 4  # of the residual stream
+    held, beside = 0.0, 0.0
+    for i, stage in enumerate(model.stages):
+        positions = rows / stage.patch_size
+        length = (model.stages[i - 1].patch_size if i else settings.data.seq_len) // stage.patch_size
+        apart = model.isolate_documents and i == 0
+        block = positions * _block(settings, i, length, device, precision, apart)
+        held += stage.n_layers * (positions * stage.d_model * wide if again else block)
+        held += positions * stage.d_model * wide * (2 if model.final_norm else 1)
+        if apart:  # the mask, once for all layers; ranks that share a row all have it whole
+            held += positions * length * parts
+        inside = max(2 * stage.n_heads * length * wide if _plain(device, length) else 0, stage.ff_width * wide)
+        beside = max(beside, positions * inside + (block if again else 0))
+    logits = rows * settings.vocab_size
+    # Log-probabilities in fp32 are kept; as the backward pass begins, their gradient in fp32, and cast, stands beside.
+    held += 4 * logits
+    beside = max(beside, logits * (4 if precision == "fp32" else 8))
+    return held / parts, beside / parts
+
+
+def remedy(settings: Config, ranks: int, device: Device, free: float) -> str:
+    """The first change of the configuration that fits into `free` bytes a rank by formula, in words."""
+    tried: list[tuple[str, Config, int]] = []
+    for stage in range(settings.train.zero_stage, 4):
+        tried.append((f"--train.zero_stage={stage}", settings, stage))
+    spared = _with(settings, activation_checkpointing=True)
+    last = 3 if ranks > 1 else settings.train.zero_stage
+    tried += [("--train.activation_checkpointing=true", spared, settings.train.zero_stage)]
+    tried += [(f"--train.zero_stage={last} --train.activation_checkpointing=true", spared, last)]
+    micro = batch_shape(settings, ranks)[0]
+    while micro > 1:
+        micro //= 2
+        smaller = _with(settings, micro_batch_size=micro)
+        tried += [(f"--train.micro_batch_size={micro}", smaller, settings.train.zero_stage)]
+        both = _with(settings, micro_batch_size=micro, activation_checkpointing=True)
+        flags = f"--train.micro_batch_size={micro} --train.activation_checkpointing=true --train.zero_stage={last}"
+        tried += [(flags, both, last)]
+    for flags, changed, stage in tried[1:]:
+        try:
+            need = predict(changed, ranks, device, stage).total
+        except ConfigError:
+            continue
+        if need <= free:
+            return f"{flags} needs {size(need)} a rank by formula"
+    return "more ranks or hosts, a smaller model or shorter rows: no stage, checkpointing or micro-batch is enough"
+
+
+def _with(settings: Config, **train: object) -> Config:
+    return settings.model_copy(update={"train": settings.train.model_copy(update=train)})
+
+
+def _plain(device: Device, length: int) -> bool:
+    return device == "cpu" and length <= PLAIN_ATTENTION_MAX_T
+
+
+def _block(settings: Config, index: int, length: int, device: Device, precision: str, apart: bool) -> float:
+    """Bytes that a block of a stage keeps for each position, as layers.py computes it."""
+    model, stage = settings.model, settings.model.stages[index]
+    block, d, h, f = model.block, stage.d_model, stage.n_heads, stage.ff_width
+    e = 4 if precision == "fp32" else 2  # of what goes into matrix products
+    r = 2 if precision in ("bf16", "fp16") else 4  # of the residual stream and of norms
+    kept = 2 * d * (r + e) + 2 * 8  # inputs of both norms, what they give to products; means and deviations
+    kept += {"relu": f, "relu2": 2 * f, "gelu": 2 * f, "silu": 2 * f, "swiglu": 4 * f}[block.activation] * e
+    kept += 4 * d * e  # queries, keys, values, and what attention gives
+    if block.qk_norm:
+        kept += 2 * d * r + 2 * h * 8
+    if block.dropout:
+        kept += 2 * d * (1 if device == "cuda" else r)
+    if _plain(device, length):
+        kept += h * length * (3 * e if block.dropout else e)  # weights; which were dropped; those left
+    elif block.dropout and device == "cpu":
+        kept += h * length * 12  # torch's kernel for CPUs knows no dropout: plain products in fp32
+    else:
+        moved = block.qk_norm or (model.positions if index == 0 else model.local_positions) == "rotary"
+        kept += 2 * d * e if moved else 0  # values are a view, which keeps queries and keys as they were, too
+        kept += length * e if apart else 0  # the mask as numbers
+    return kept

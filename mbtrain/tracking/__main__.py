@@ -1,0 +1,3 @@
+from mbtrain.tracking.shipper import main
+
+main()

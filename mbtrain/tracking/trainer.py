@@ -1,0 +1,109 @@
+"""The trainer's side: start the shipper, and tell it how the run ended. No call here can wait for MLflow, or fail."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from mbtrain.redact import redact, without_password
+from mbtrain.tracking.files import ENVIRONMENT, STATUSES, absolute, write_json
+
+log = logging.getLogger("mbtrain.tracking")
+
+
+def start_shipper(
+    run_dir: Path | str,
+    uri: str,
+    experiment: str,
+    run_name: str,
+    *,
+    run_id: str | None = None,
+    interval_s: float = 5.0,
+    deadline_s: float = 60.0,
+) -> subprocess.Popen[bytes] | None:
+    """Start the process that sends RUN to MLflow while the calling process lives; return at once.
+
+    It has a session of its own (Ctrl-C at the trainer does not reach it), no stdin, and writes to RUN/mlflow.log.
+    A status.json of an earlier part of the run is removed: the run is alive again. `run_id`, from a checkpoint, is the
+    MLflow run to go on in if the run directory itself knows none. `interval_s` is the pause between two sendings,
+    `deadline_s` the time that the shipper goes on trying after the trainer's end while MLflow is out of reach.
+    None, and a warning, where the system starts no process: training goes on, and `mbtrain sync` sends it later.
+    """
+    run_dir = Path(run_dir).resolve()
+    request = {
+        "tracking_uri": without_password(absolute(uri)),
+        "experiment": experiment,
+        "run_name": run_name,
+        "run_id": run_id,
+        "interval_s": interval_s,
+        "deadline_s": deadline_s,
+        "trainer": {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "token": os.urandom(
+                8
+            ).hex(),  # a shipper whose trainer this file names no more has been followed by another
+        },
+    }
+    try:
+        (run_dir / "status.json").unlink(missing_ok=True)
+        write_json(run_dir / "tracking.json", request)
+        return _spawn(run_dir, uri)
+    except OSError as error:
+        log.warning("MLflow gets nothing for now (%s); `mbtrain sync %s` sends it later", error, run_dir)
+        return None
+
+
+def finish(
+    shipper: subprocess.Popen[bytes], run_dir: Path | str, status: str, timeout_s: float, message: str = ""
+) -> bool:
+    """Tell the shipper how the run ended, and wait for it at most `timeout_s`; True if MLflow has everything.
+
+    Writes RUN/status.json. A shipper that died meanwhile is started once more. If the time is over, the shipper goes
+    on by itself until its own deadline; the log line says how to send the rest later. Never raises for MLflow's sake.
+
+    Raises ValueError unless `status` is FINISHED, FAILED or KILLED.
+    """
+    if status not in STATUSES:
+        raise ValueError(f"status: expected one of {', '.join(STATUSES)}, got {status!r}")
+    run_dir = Path(run_dir).resolve()
+    try:
+        write_json(run_dir / "status.json", {"status": status, "message": redact(message)})
+        if shipper.poll() not in (None, 0):
+            log.warning("the MLflow shipper ended early (exit status %s); starting it again", shipper.returncode)
+            shipper = _spawn(run_dir)
+        if shipper.wait(timeout_s) == 0:
+            return True
+        problem = f"MLflow has not got everything (reason: {run_dir}/mlflow.log)"
+    except subprocess.TimeoutExpired:
+        problem = f"MLflow has not got everything after {timeout_s:.0f} s; its shipper (pid {shipper.pid}) goes on"
+    except OSError as error:
+        problem = f"MLflow may not have got everything ({error})"
+    log.warning("%s. Nothing is lost: `mbtrain sync %s` sends the rest", problem, run_dir)
+    return False
+
+
+def _spawn(run_dir: Path, uri: str | None = None) -> subprocess.Popen[bytes]:
+    environment = {**ENVIRONMENT, **os.environ}
+    if uri:
+        environment["MLFLOW_TRACKING_URI"] = absolute(uri)  # with its password, which no file is to hold
+    package_root = Path(__file__).resolve().parents[2]
+    if package_root.name not in ("site-packages", "dist-packages"):  # from a checkout, whatever directory we are in
+        paths = [str(package_root), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    with open(run_dir / "mlflow.log", "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mbtrain.tracking", str(run_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )

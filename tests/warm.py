@@ -1,0 +1,21 @@
+"""Imports what a start of `mbtrain` and `mbtrain-prep` imports, and does nothing else. See `tests.forks`."""
+
+import importlib
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import matplotlib.pyplot  # noqa: F401  the loss curve at the end
+import pyarrow.parquet  # noqa: F401
+import torch
+import torch._dynamo  # with the first optimizer
+
+import data_prep.cli
+import data_prep.image
+import data_prep.text  # noqa: F401
+from mbtrain import cli, engine, sample, train  # noqa: F401
+
+engine._import_deepspeed()
+for name in ("runtime.zero.muon.original_muon", "runtime.zero.stage_1_and_2", "runtime.zero.stage3"):
+    importlib.import_module(f"deepspeed.{name}")
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
