@@ -136,11 +136,16 @@ def finish(
         _retire(final)
     os.replace(folder, final)
     sync_folder(final.parent)
+    retire_older(final, keep_last, keep_every_steps)
+    return final
+
+
+def retire_older(newest_: Path, keep_last: int, keep_every_steps: int | None = None) -> None:
+    """Take their names from checkpoints that are not to be kept beside this one, the newest that is whole."""
     # Newer ones stand there only if they are damaged (this step was reached again); they must not push this one out.
-    for old in [path for path in _candidates(final.parent) if path.name <= final.name][keep_last:]:
+    for old in [path for path in _candidates(newest_.parent) if path.name <= newest_.name][keep_last:]:
         if not keep_every_steps or int(old.name.removeprefix("step_")) % keep_every_steps:
             _retire(old)
-    return final
 
 
 def sweep(run: Path) -> None:

@@ -480,13 +480,14 @@ def doctor(
     *config: str,
     hostfile: str = "",
     run: str = "",
+    ranks: str = "",
     full: str = "",
     master_port: str = "29500",
     ssh_port: str = "",
     json: str = "",
     **overrides: str,
 ) -> None:
-    """mbtrain doctor [CONFIG] [--hostfile=F] [--run=DIR] [--section.key=value ...] [--full] [--json]
+    """mbtrain doctor [CONFIG] [--hostfile=F] [--run=DIR] [--section.key=value ...] [--ranks=N] [--full] [--json]
 
     What a long run would stumble over, found before it, on every host: versions, devices, limits, ssh, clocks, network,
     the master port; with CONFIG also memory by formula for each ZeRO stage, the run directory (written by all, and the
@@ -495,12 +496,13 @@ def doctor(
 
       --hostfile=F       the hosts, lines NAME slots=N, asked over ssh                    (this machine alone)
       --run=DIR          where the run directory will be                                       (runs/<name>)
+      --ranks=N          so many here, without a hostfile       (one on each GPU, else two that share the cores)
       --full             reads every shard and compares its hash                             (sizes alone)
       --master-port=N    where rank 0 will listen, on the first host                                 (29500)
       --ssh-port=N       where the hosts' sshd listens                              (as ~/.ssh/config has it)
       --json             last line on stdout: {"verdict", "ready", "checks", "hosts", "memory", "sums", "ranks"}
 
-    Alone a rank is started on each GPU, or two that share the cores. Exit status: 0 ready, with warnings too; 2 not.
+    Exit status: 0 ready, with warnings too; 2 not ready, or a mistake.
 
     Examples:
       mbtrain doctor
@@ -515,12 +517,26 @@ def doctor(
         raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
     port = number("--master-port", master_port, int, 1)
     at_ssh = number("--ssh-port", ssh_port, int, 1) if ssh_port else None
+    n_ranks = number("--ranks", ranks, int, 1) if ranks else None
+    if ranks and hostfile:
+        raise ConfigError(
+            f"--ranks={ranks}, --hostfile={hostfile}: expected one of them; the hostfile's slots are ranks"
+        )
 
     from mbtrain.doctor import table
     from mbtrain.doctor.examine import Wanted, examine
 
     values = {key: str(value) for key, value in overrides.items()}
-    wanted = Wanted(config[0] if config else None, values, hostfile or None, run or None, everything, port, at_ssh)
+    wanted = Wanted(
+        config[0] if config else None,
+        values,
+        hostfile or None,
+        run or None,
+        ranks=n_ranks,
+        full=everything,
+        master_port=port,
+        ssh_port=at_ssh,
+    )
     report = examine(wanted)
     for line in table.lines(report):
         write(line)

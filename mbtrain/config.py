@@ -429,7 +429,7 @@ class LogConfig(_Section):
         # The configuration goes into the run directory, and to MLflow as parameters.
         if self.mlflow_uri and without_password(self.mlflow_uri) != self.mlflow_uri:
             raise ConfigError(
-                f"log.mlflow_uri: {without_password(self.mlflow_uri)} is given with a password or token; give it in the "
+                f"log.mlflow_uri: {without_password(self.mlflow_uri)} has a password or token in it; give it in the "
                 "environment: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
         return self

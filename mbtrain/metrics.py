@@ -8,17 +8,20 @@ function here treats it so. JSON knows no non-finite numbers, therefore they sta
 """
 
 import errno
+import io
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from mbtrain.errors import DataError
+
+LINE_BYTES = 4 << 20  # at most, of a line
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -49,17 +52,24 @@ def append(path: Path | str, step: int, values: Mapping[str, float]) -> None:
 
 
 def read(path: Path | str) -> list[dict[str, Any]]:
-    """All lines, in the order of the file.
+    """All lines, in the order of the file; of a long run some kilobytes each, so see `stream`.
 
     The last line may be broken, because its writer or the machine died, and is then left out.
 
     Raises DataError if the file is missing, or if any other line is no JSON object with an integer `step`.
     """
+    return list(stream(path))
+
+
+def stream(path: Path | str) -> Iterator[dict[str, Any]]:
+    """What `read` gives, one line at a time. Raises as it does."""
     try:
-        data = Path(path).read_bytes()
+        file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected the metrics of a run") from None
-    return [record for _, record in _parse_lines(path, data)]
+    with file:
+        for _, record in _lines(path, file):
+            yield record
 
 
 def last(path: Path | str) -> dict[str, Any] | None:
@@ -77,7 +87,7 @@ def last(path: Path | str) -> dict[str, Any] | None:
                 if start:  # the first piece is the end of some line
                     data = data[data.find(b"\n") + 1 :]
                 try:
-                    lines = _parse_lines(path, data)
+                    lines = list(_lines(path, io.BytesIO(data)))
                 except DataError:
                     return read(path)[-1]  # raises too, with the right line number
                 if lines or start == 0:
@@ -97,26 +107,38 @@ def truncate_after(path: Path | str, step: int) -> int:
     Raises DataError as `read` does.
     """
     path = Path(path)
+    kept: list[list[int]] = []  # stretches of the file, start and end
+    dropped = offset = 0
     try:
-        data = path.read_bytes()
+        file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         return 0
-    lines = _parse_lines(path, data)
-    kept = [line for line, record in lines if record["step"] <= step]
-    whole = b"".join(line + b"\n" for line in kept)
-    if whole != data:
+    with file:
+        for line, record in _lines(path, file):
+            start, offset = offset, offset + len(line)
+            if record["step"] > step:
+                dropped += 1
+            elif kept and kept[-1][1] == start:
+                kept[-1][1] = offset
+            else:
+                kept.append([start, offset])
+        if sum(end - start for start, end in kept) == os.fstat(file.fileno()).st_size:
+            return 0
         temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(whole)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    return len(lines) - len(kept)
+        with open(temporary, "wb") as out:
+            for start, end in kept:
+                file.seek(start)
+                while start < end:
+                    start += out.write(file.read(min(end - start, LINE_BYTES)))
+            out.flush()
+            os.fsync(out.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return dropped
 
 
 class Tail:
@@ -133,7 +155,7 @@ class Tail:
         self._offset = 0
         self._line = 0
 
-    def read(self, limit_bytes: int = 4 << 20) -> list[dict[str, Any]]:
+    def read(self, limit_bytes: int = LINE_BYTES) -> list[dict[str, Any]]:
         """The next whole lines, at most `limit_bytes` of them; [] if there are none now (or no file yet).
 
         Raises DataError if a line is no JSON object with an integer `step`, or is longer than the limit.
@@ -196,19 +218,22 @@ def _end_of_last_line(fd: int) -> int:
     return 0
 
 
-def _parse_lines(path: Path | str, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line without newline, record) of each whole line; a broken line is forgiven only at the very end."""
-    lines = data.split(b"\n")
-    unfinished = lines.pop()
-    parsed = []
-    for i, line in enumerate(lines, start=1):
+def _lines(path: Path | str, file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line with its newline, record) of each whole line; a broken line is forgiven only at the very end."""
+    problem: DataError | None = None
+    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
+        if problem:
+            raise problem
+        if not line.endswith(b"\n"):
+            if len(line) == LINE_BYTES:
+                raise DataError(f"{path}:{number}: a line of more than {LINE_BYTES} bytes")
+            return
         try:
-            parsed.append((line, _parse(path, i, line)))
-        except DataError:
-            if i == len(lines) and not unfinished:
-                break
-            raise
-    return parsed
+            record = _parse(path, number, line[:-1])
+        except DataError as error:
+            problem = error
+        else:
+            yield line, record
 
 
 def _parse(path: Path | str, number: int, line: bytes) -> dict[str, Any]:

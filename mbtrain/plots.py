@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ MUTED = "#767676"
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 MAX_POINTS = 2000  # of the raw curve: more than there are pixels
+MAX_LINES = 100_000  # without validation, held at a time: a run of months has more than memory has room for
+DRAWN = ("step", "time_unix_s", "progress/bytes", "progress/minutes", "train/bpb")
 
 PAUSE_S = 600.0  # a longer gap between two lines, if out of the ordinary, is a pause between two parts of a run
 
@@ -34,7 +36,7 @@ def loss_curve(run_dir: Path | str) -> Path | None:
     """
     run_dir = Path(run_dir)
     path = run_dir / "metrics.jsonl"
-    records = metrics.read(path) if path.exists() else []
+    records = _thinned(metrics.stream(path)) if path.exists() else []
     minutes = _minutes(records)
     in_bytes = any("progress/bytes" in record for record in records)
     amounts = _bytes_seen(records) if in_bytes else [float(record["step"]) for record in records]
@@ -71,6 +73,23 @@ def loss_curve(run_dir: Path | str) -> Path | None:
         canvas.print_png(file)
     os.replace(temporary, target)
     return target
+
+
+def _thinned(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is drawn of each line; of very many only every 2nd, 4th and so on, but all with validation."""
+    kept: list[tuple[int, dict[str, Any]]] = []
+    every = held = 1
+    for number, line in enumerate(lines):
+        validated = any(key.startswith("val/") for key in line)
+        if validated or number % every == 0:
+            drawn = {key: value for key, value in line.items() if key in DRAWN or key.startswith("val/")}
+            kept.append((-1 if validated else number, drawn))
+            held += not validated
+        if held > MAX_LINES:
+            every *= 2
+            kept = [(at, drawn) for at, drawn in kept if at % every == 0 or at < 0]
+            held = sum(at >= 0 for at, _ in kept)
+    return [drawn for _, drawn in kept]
 
 
 def _panel(axes: Any, xs: Sequence[float], train: Sequence[float], vals: dict[str, list[float]]) -> None:

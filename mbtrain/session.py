@@ -228,7 +228,7 @@ def final_score(now: Session, progress: Progress) -> float:
     path = now.run / "metrics.jsonl"
     known: float | None = None
     if now.ranks.rank == 0 and progress == now.progress and path.exists():
-        scored = [m["val/bpb"] for m in metrics.read(path) if "val/bpb" in m and m["step"] == progress.step]
+        scored = [m["val/bpb"] for m in metrics.stream(path) if "val/bpb" in m and m["step"] == progress.step]
         known = scored[-1] if scored else None
     known = from_rank_0(known)
     if known is not None:
@@ -401,6 +401,8 @@ def _take_up(
         say(run, f"not used: {text}")
     if (run / "metrics.jsonl").exists():
         metrics.truncate_after(run / "metrics.jsonl", found.progress.step if found else 0)
+    if found is not None:  # as its own end would have, had it not been cut off
+        checkpoint.retire_older(found.path, settings.checkpoint.keep_last, settings.checkpoint.keep_every_steps)
     checkpoint.clear(run)
     for name in ("status.json", STOP_FILE):
         (run / name).unlink(missing_ok=True)

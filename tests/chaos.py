@@ -105,7 +105,7 @@ def legs(kills: int, only: str | None) -> list[Leg]:
         made.append(Leg("prep text, 2 workers", "prep", prep - prep // 3, ("text",)))
         made.append(Leg("prep image, 2 workers", "prep", prep // 3, ("image", "--size=16")))
     if training := counts.get("train", 0):
-        many = min(len(train), max(1, training // 2))
+        many = min(len(train) if kills >= 40 else 3, max(1, training // 2))
         for i, (name, settings) in enumerate(train[:many]):
             share = training // many + (i < training % many)
             made.append(Leg(name, "train", share, settings, only == "resume"))
@@ -191,7 +191,8 @@ class Training:
     def __init__(self, leg: Leg, root: Path, name: str, config: Path):
         self.leg, self.run, self.log = leg, root / name, root / f"{name}.log"
         self.store = root / f"{name}.db"
-        steps = STEPS_A_KILL * leg.kills + 12
+        # Ranks whose launcher alone was killed go on: they must not come to the end meanwhile.
+        steps = (STEPS_A_KILL if leg.kind == "train" else 60) * leg.kills + 12
         tracked = [f"--log.mlflow_uri=sqlite:///{self.store}"] if "--log.mlflow=true" in leg.settings else []
         self.argv = ["train", str(config), f"--run={self.run}", "--resume", f"--train.steps={steps}"]
         self.argv += [*leg.settings, *tracked]
@@ -406,12 +407,14 @@ def kill_training(training: Training, rng: random.Random, found: Found, start_s:
         death.armed.value = aim == "start call"
     began, log_size = time.time(), training.log.stat().st_size if training.log.exists() else 0
     before = training.names("step_*"), training.at_work()
-    whom = rng.choice(["all", "all", "one", "one", "all and shipper"] if leg.kind == "train" else ["launcher", "one"])
+    whom = rng.choice(["all", "all", "one", "one", "all and shipper"])
+    if leg.kind == "launcher":
+        whom = ("one", "launcher", "launcher and all")[found.kills % 3]
     with training.started(death, dying) as now:
         pids = list(now.pids)
         victims = pids if whom.startswith("all") else [pids[dying if death else rng.randrange(RANKS)]]
-        if leg.kind == "launcher" and whom == "launcher":
-            victims = now.launchers[:1] if rng.random() < 0.5 else [*now.launchers, *now.pids]
+        if whom.startswith("launcher"):
+            victims = now.launchers[:1] if whom == "launcher" else [*now.launchers, *now.pids]
         shippers = training.shippers() if whom == "all and shipper" else []
         if death is not None and len(victims) > 1:
             for i, pid in enumerate(pid for pid in pids if pid != pids[dying]):
@@ -440,14 +443,14 @@ def kill_training(training: Training, rng: random.Random, found: Found, start_s:
         if leg.kind == "launcher" and now.ended() and training.status():
             return  # it was over before
         others = [pid for pid in [*now.launchers, *pids] if pid not in victims]
-        seen = ending(others, now.status, ALONE_S)
+        seen = ending(others, now.status, 3.0 if whom == "launcher" else ALONE_S)
         codes = [now.status(pid) for pid in victims if pid in pids]
     if leg.kind == "train" and -signal.SIGKILL not in codes:
         if codes != [0] * len(codes):
             found.wrong.append(f"ended by itself before the kill, exit {codes}; {training.said()}")
         return
     where = landed(training, began, log_size, before)
-    name = "launcher" if leg.kind == "launcher" and whom == "launcher" else "all ranks" if len(victims) > 1 else "rank"
+    name = whom if whom.startswith("launcher") else "all ranks" if len(victims) > 1 else "rank"
     found.landed[where] += 1
     found.victims[name] += 1
     found.others += seen

@@ -51,7 +51,8 @@ class Forked:
 
     def __init__(self, args: list[str], environment_: dict[str, str], cwd: Path | None):
         self._folder = tempfile.TemporaryDirectory()
-        self._process = WARM.Process(target=_forked, args=(args, environment_, cwd, self._folder.name))
+        # Daemonic: a rank that a test left waiting for its killed peers does not keep the test run from ending.
+        self._process = WARM.Process(target=_forked, args=(args, environment_, cwd, self._folder.name), daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -68,6 +69,10 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def said(self) -> str:
+        """What it has written to stderr so far."""
+        return Path(self._folder.name, "stderr").read_text(errors="replace")
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self._process.join(timeout)

@@ -219,7 +219,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "runs/log-batch":
             if run["stage"] != "active":
                 return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "the run is deleted"}
-            run["metrics"] += [point for point in said.get("metrics", []) if point not in run["metrics"]]
+            seen = run.setdefault("seen", set())
+            for point in said.get("metrics", []):
+                if (whole := tuple(sorted(map(str, point.items())))) not in seen:
+                    seen.add(whole)
+                    run["metrics"].append(point)
             run["params"] |= {param["key"]: param["value"] for param in said.get("params", [])}
             run["tags"] |= {tag["key"]: tag["value"] for tag in said.get("tags", [])}
         elif what == "runs/set-tag":

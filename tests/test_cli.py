@@ -111,6 +111,13 @@ def test_help_takes_less_than_half_a_second_of_the_processor() -> None:
         (["bench", "speed"], "bench: expected one of"),
         (["ui", "--prot=3"], "--prot: no such option (did you mean port?)"),
         (["sync"], "RUN: expected one run directory or checkpoint, got 0"),
+        (["doctor", "gone.yaml"], "gone.yaml: cannot read the config (No such file or directory)"),
+        (["doctor", "--train.zero_stage=2"], "CONFIG: expected one configuration file, got 0"),
+        (["doctor", "{config}", "--optim.warmup=1"], "optim.warmup: unknown key"),
+        (["doctor", "--hostfile=gone"], "--hostfile=gone: cannot be read (No such file or directory)"),
+        (["doctor", "--hostfiel=x"], "--hostfiel: no such option (did you mean hostfile?)"),
+        (["doctor", "--ranks=2", "--hostfile=gone"], "--ranks=2, --hostfile=gone: expected one of them"),
+        (["doctor", "--master-port=0"], "--master-port: expected a whole number of at least 1, got '0'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(

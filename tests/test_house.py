@@ -103,6 +103,10 @@ STOREYS = [
     {"mbtrain.sample", "mbtrain.export", "mbtrain.agreement", "mbtrain.saving"},
     {"mbtrain.session"},
     {"mbtrain.train"},
+    {"mbtrain.doctor", "mbtrain.doctor.step_request", "mbtrain.doctor.memory", "mbtrain.doctor.facts"},
+    {"mbtrain.doctor.step", "mbtrain.doctor.launch", "mbtrain.doctor.asking", "mbtrain.doctor.checks"},
+    {"mbtrain.doctor.examine"},
+    {"mbtrain.doctor.table"},
 ]
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,17 @@ def test_many_lines_from_one_writer_are_all_whole_for_a_reader_meanwhile(tmp_pat
             assert writer.returncode in (None, 0)
     assert [line["step"] for line in seen] == list(range(2000))
     assert all(math.isclose(line["a"], line["step"] / 7) for line in seen)
+
+
+def test_truncate_keeps_lines_on_both_sides_and_costs_no_memory(tmp_path: Path) -> None:
+    """Lines are copied as they are; a file is never held whole."""
+    path = tmp_path / "m"
+    lines = [json.dumps({"step": step, "a": "x" * 1000}).encode() + b"\n" for step in [1, 9, 2, 8, 3, 7] * 10_000]
+    path.write_bytes(b"".join(lines) + b'{"step": 1')
+    tracemalloc.start()
+    assert metrics.truncate_after(path, 3) == 30_000
+    assert sum(1 for line in metrics.stream(path) if line["step"] <= 3) == 30_000
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 12_000_000
+    assert path.read_bytes() == b"".join(lines[::2])

@@ -98,3 +98,19 @@ def test_the_same_run_gives_the_same_picture(tmp_path: Path) -> None:
 def test_importing_it_imports_no_matplotlib() -> None:
     code = "import sys, mbtrain.plots; sys.exit(bool({'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_of_a_long_run_every_so_many_lines_and_all_validations_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "MAX_LINES", 100)
+    lines = [
+        {"step": i, "train/bpb": 1.0, "perf/mfu": 0.5} | ({"val/bpb": 2.0} if i % 97 == 0 else {}) for i in range(5000)
+    ]
+    held = plots._thinned(iter(lines))
+    assert [line["step"] for line in held if "val/bpb" in line] == list(range(0, 5000, 97))
+    rest = [line["step"] for line in held if "val/bpb" not in line]
+    assert 50 <= len(rest) <= 101
+    assert max(b - a for a, b in zip(rest, rest[1:], strict=False)) <= 130
+    assert all("perf/mfu" not in line for line in held)
+    assert plots._thinned(iter(lines[:50])) == [
+        {k: v for k, v in line.items() if k != "perf/mfu"} for line in lines[:50]
+    ]

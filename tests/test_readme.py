@@ -85,7 +85,7 @@ def test_a_written_command_names_a_verb_and_its_options(call: tuple[str, ...]) -
     assert {key.replace("-", "_") for key in options if key not in dotted} <= known
     assert not any(arg.startswith("-") and not arg.startswith("--") for arg in args), "options are --key=value"
     assert all("=" in arg or arg[2:] in {*program.flags, "help"} for arg in args if arg.startswith("--"))
-    if verb in ("train", "flops"):
+    if verb in ("train", "flops", "doctor"):
         given = [arg for arg in args if not arg.startswith("-")]
         path = given[0] if given and given[0] != "CONFIG" else "configs/quickstart.yaml"
         config.load(ROOT / path, dotted)  # keys and values

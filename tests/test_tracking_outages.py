@@ -122,7 +122,7 @@ def test_an_outage(
         for step in range(4, 40):
             log_steps(run, step, step)
             time.sleep(0.01)
-        wait_until(lambda: len(pauses_s) > tries + 4)
+        wait_until(lambda: len(pauses_s) > tries + 2)
         assert max(pauses_s) == shipping.BACK_OFF_S
         server.behave("well")
         wait_until(lambda: has_all(run, server))

@@ -241,7 +241,7 @@ def configuration(answers: Answers, path: str) -> list[Check]:
     return [replace(check, found=path)] if check.status == "ok" else [check] if here else []
 
 
-def run_directory(answers: Answers, seen: Answers, needed_bytes: int | None, run: str) -> list[Check]:
+def run_directory(answers: Answers, seen: Answers, needed_bytes: int | None) -> list[Check]:
     """Whether all hosts write the run directory, whether it is one and the same, and whether checkpoints fit.
 
     seen: of each host, the names of the others' files that it reads there.

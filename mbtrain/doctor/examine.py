@@ -33,6 +33,7 @@ class Wanted:
     overrides: Mapping[str, str] = field(default_factory=dict)
     hostfile: str | None = None
     run: str | None = None
+    ranks: int | None = None
     full: bool = False
     master_port: int = 29500
     ssh_port: int | None = None
@@ -87,7 +88,7 @@ def examine(wanted: Wanted) -> Report:
         }
         seen = asking.ask({name: there[name] for name in looks}, looks, ANSWER_S)
     if not ssh:
-        hosts = [Host(host.name, _ranks_here(answers[host.name])) for host in hosts]
+        hosts = [Host(host.name, wanted.ranks or _ranks_here(answers[host.name])) for host in hosts]
     slots = {host.name: host.slots for host in hosts}
     found = checks.reached(answers, ssh) + checks.versions(answers) + checks.devices(answers, slots)
     found += checks.limits(answers, slots)
@@ -100,7 +101,9 @@ def examine(wanted: Wanted) -> Report:
     predicted: dict[int, memory.Need] = {}
     if settings is not None:
         found += checks.configuration(answers, str(wanted.config))
-        found += checks.run_directory(answers, seen, memory.checkpoint_bytes(settings, _last_step(settings)), run or "")
+    needed = None if settings is None else memory.checkpoint_bytes(settings, _last_step(settings))
+    found += checks.run_directory(answers, seen, needed)
+    if settings is not None:
         found += checks.data(answers, wanted.full) + checks.mlflow(answers)
         device = checks.device_of(answers)
         try:
@@ -108,7 +111,7 @@ def examine(wanted: Wanted) -> Report:
             found += checks.fits(settings, answers, hosts, None)
         except ConfigError as error:
             fitting = None
-            remedy = "another number of slots in the hostfile, or another batch"
+            remedy = "another number of slots in the hostfile (of --ranks here), or another batch"
             found.append(Check("batch", "problem", str(error), remedy))
     step: dict[str, Any] = {}
     if reason := _why_not(found, settings, fitting):
@@ -124,9 +127,9 @@ def examine(wanted: Wanted) -> Report:
 
 
 def _run_of(wanted: Wanted, settings: Config | None) -> str | None:
-    if wanted.run is None and settings is None:
-        return None
-    return str(Path(wanted.run or f"runs/{settings.name}" if settings else str(wanted.run)).absolute())
+    named = f"runs/{settings.name}" if settings else None
+    run = wanted.run or named
+    return None if run is None else str(Path(run).absolute())
 
 
 def _question(

@@ -1,26 +1,9 @@
 """What a rank needs to train, in bytes, by formula: weights, gradients, optimizer states, exchange, activations.
 
 The copies are those that DeepSpeed 0.19.8 makes of mbtrain.engine's configuration, seen as the growth of resident
-memory (with a C library that gives back what is freed) over precisions, stages, 1, 2 and 4 ranks and accumulation. In
-bytes a parameter, of n ranks:
-
-                     weights     gradients     optimizer     exchange
-    fp32, autocast
-      stage 0        4           4             8             4
-      stage 1        4           4             12/n          4 c
-      stage 2        4           4 c [+ 4/n]   12/n          4 c
-      stage 3        4/n + 4 f   4 c + 4/n     12/n          4 c
-    bf16
-      stage 1        2           4             12/n          8
-      stage 2        2           2 c + 4/n     12/n          2 c
-      stage 3        2/n + 2 f   2 c + 4/n     12/n          2 c
-
-c: of what one bucket takes, 500 million elements, which a GPU gives whole and a CPU as far as it is used. f: of what
-stage 3 keeps fetched, 1,000 million. [] where gradients are accumulated, or fill more than a bucket. bf16 at stage 0 is
-autocast. Exchange is there while gradients are summed, when activations are gone, so the larger of both counts. fp16 is
-read off the source and not measured.
-
-Activations are what each operation of mbtrain.model keeps for the backward pass; a test holds them against torch.
+memory over precisions, stages, 1, 2 and 4 ranks and accumulation; the table and figures are in docs/doctor.md. fp16 is
+read off the source and not measured. Activations are what each operation of mbtrain.model keeps for the backward pass;
+a test holds them against torch.
 """
 
 from __future__ import annotations
@@ -54,11 +37,6 @@ class Need:
     optimizer: float
     exchange: float
     activations: float
-
-    @property
-    def states(self) -> float:
-        """All that does not depend on the batch."""
-        return self.weights + self.gradients + self.optimizer + self.exchange
 
     @property
     def total(self) -> float:

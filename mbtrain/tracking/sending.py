@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -194,7 +195,7 @@ def send_artifacts(link: Link, final: bool) -> int:
         sent.get("files"), dict
     ):
         sent = {"run_id": link.run_id, "tracking_uri": link.uri, "files": {}}
-    count = 0
+    now_sent: dict[str, list[int]] = {}
     repository = None
     try:
         for path in _artifacts(link.run_dir, final):
@@ -213,12 +214,13 @@ def send_artifacts(link: Link, final: bool) -> int:
             folder = path.parent.relative_to(link.run_dir).as_posix()
             with _upload_timeout(written[0]):
                 repository.log_artifact(str(path), None if folder == "." else folder)
-            sent["files"][name] = written
-            count += 1
+            now_sent[name] = written
     finally:
-        if count:
-            write_json(record, sent)
-    return count
+        if now_sent:
+            with _within():  # a proxy that says "log in first" to everything has seemed to take the files, too
+                link.client.get_run(link.run_id)
+            write_json(record, sent | {"files": sent["files"] | now_sent})
+    return len(now_sent)
 
 
 def set_running(link: Link) -> None:
@@ -502,6 +504,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
+@lru_cache(maxsize=10_000)
 def _name(key: str) -> str:
     """A name that MLflow accepts: letters, digits and `_ - . / space`; other characters become `_`."""
     parts = re.sub(r"[^\w\-./ ]", "_", str(key), flags=re.ASCII)[:MAX_KEY_CHARS].split("/")

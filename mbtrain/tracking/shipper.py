@@ -25,8 +25,8 @@ from typing import Any, TextIO, cast
 
 import psutil
 
-from mbtrain import metrics, plots
-from mbtrain.errors import DataError, MbtrainError
+from mbtrain import plots
+from mbtrain.errors import MbtrainError
 from mbtrain.redact import one_line, redact, without_password
 from mbtrain.tracking import sending
 from mbtrain.tracking.files import (
@@ -49,6 +49,7 @@ LOOK_PAUSE_S = 0.25  # between two looks whether the trainer has ended
 BACK_OFF_S = 60.0  # at most, between two tries while MLflow is out of reach, and at most the wait for an answer
 SAY_AGAIN_S = 3600.0  # between two lines that say the same
 GRACE_S = 90.0  # longer than a round of another host's shipper, and than a network file system shows an old file
+_VALIDATED = b'"val/'
 MOST_MEMORY_BYTES = 8 << 30  # of the shipper: an answer without end is not to take the machine's
 
 
@@ -359,7 +360,7 @@ class _Curve:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self._tail = metrics.Tail(run_dir / "metrics.jsonl")
+        self._looked_at = 0  # bytes of metrics.jsonl
         self._due = False
         self._after_s = -math.inf
 
@@ -376,11 +377,17 @@ class _Curve:
         self._due, self._after_s = False, began_s + max(PLOT_PAUSE_S, 50 * took_s)
 
     def _validated(self) -> bool:
+        """Whether a line tells a validation that is not drawn yet. Looks at bytes: this is no place to be exact."""
         try:
-            while records := self._tail.read():
-                self._due = self._due or any(key.startswith("val/") for record in records for key in record)
-        except (DataError, OSError) as error:
-            log.warning("%s", _reason(error))
+            with open(self.run_dir / "metrics.jsonl", "rb") as file:
+                if file.seek(0, os.SEEK_END) < self._looked_at:  # a resume dropped lines
+                    self._looked_at = 0
+                file.seek(max(0, self._looked_at - len(_VALIDATED)))
+                while data := file.read(sending.MIB):
+                    self._due = self._due or _VALIDATED in data
+                self._looked_at = file.tell()
+        except OSError:  # not there yet
+            pass
         return self._due
 
     def _at_end_and_old(self) -> bool:

@@ -92,7 +92,7 @@ def all_checks(
         *checks.network(answers),
         *checks.port(answers),
         *checks.configuration(answers, "config.yaml"),
-        *checks.run_directory(answers, seen, memory.checkpoint_bytes(settings, None), "/shared/runs/x"),
+        *checks.run_directory(answers, seen, memory.checkpoint_bytes(settings, None)),
         *checks.data(answers, full=False),
         *checks.mlflow(answers),
         *checks.fits(settings, answers, HOSTS, step),
@@ -217,7 +217,6 @@ def test_folders_of_one_name_that_are_not_one() -> None:
         {host: answer(host) for host in "ab"},
         {"a": {"seen": ["token-a"]}, "b": {"seen": ["token-b"]}},
         None,
-        "/shared/runs/x",
     )[0]
     assert (wrong.name, wrong.status) == ("run directory", "problem")
     assert "a does not see what b writes in /shared/runs" in wrong.found

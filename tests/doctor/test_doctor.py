@@ -19,7 +19,7 @@ from mbtrain.doctor import examine, launch, memory, table
 from mbtrain.doctor.checks import Check
 from mbtrain.doctor.step_request import decoded, encoded
 from mbtrain.hosts import Host
-from tests import handmade, tiny
+from tests import handmade, tiny, two_hosts
 from tests import launch as launches
 
 # Runs here what is meant for another host; as ssh does, with the options of ours and of pdsh's. `gone` is not there.
@@ -64,7 +64,8 @@ def ssh(tmp_path: Path) -> dict[str, str]:
 
 
 def doctor(cwd: Path, *args: str, **environment: str) -> tuple[int, str, dict[str, Any]]:
-    command = [sys.executable, "-m", "mbtrain", "doctor", *args, "--json", f"--master-port={launches.free_port()}"]
+    port = [] if any("--master-port" in arg for arg in args) else [f"--master-port={launches.free_port()}"]
+    command = [sys.executable, "-m", "mbtrain", "doctor", *args, "--json", *port]
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -117,18 +118,21 @@ def test_this_machine_is_ready(tmp_path: Path, config: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
 
 
-def test_a_cut_shard_and_a_batch_that_cannot_be_cut_make_it_not_ready(tmp_path: Path, config: Path) -> None:
+def test_a_cut_shard_and_a_taken_port_make_it_not_ready(tmp_path: Path, config: Path) -> None:
     shard = tmp_path / "data" / "val" / "val-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    code, shown, figures = doctor(tmp_path, str(config), "--train.sequence_parallel=2", "--train.global_batch_size=1")
-    ranks = sum(figures["hosts"].values())
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, shown, figures = doctor(tmp_path, str(config), f"--master-port={port}")
     assert code == 2
-    assert statuses(figures)["data"] == "problem"
-    if ranks % 2:
-        assert statuses(figures)["batch"] == "problem"
-    assert "val-000000.tar: cut off" in " ".join(shown.split())
-    assert "-> copy it again from where it is whole" in " ".join(shown.split())
-    assert figures["verdict"].startswith("not ready: ")
+    found = statuses(figures)
+    assert (found["data"], found["port"], found["ranks"]) == ("problem", "problem", "skipped")
+    text = " ".join(shown.split())
+    assert "val-000000.tar: cut off" in text
+    assert "-> copy it again from where it is whole" in text
+    assert f"port {port}: Address already in use" in text
+    assert "not started: first mend port" in text
+    assert figures["verdict"] == shown.splitlines()[-1] == "not ready: 2 problems"
 
 
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not there, by which deepspeed starts ranks on hosts")
@@ -146,6 +150,24 @@ def test_hosts_over_ssh(tmp_path: Path, config: Path, ssh: dict[str, str]) -> No
     asked = Path(ssh["SSH_LOG"]).read_text().split()
     assert {"localhost", "127.0.0.1"} <= set(asked)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".mbtrain")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(two_hosts.why_not()), reason=str(two_hosts.why_not()))
+def test_two_hosts_with_sshd_and_a_network_between_them(tmp_path: Path, config: Path) -> None:
+    (tmp_path / "hosts").mkdir()
+    with two_hosts.two_hosts(tmp_path / "hosts") as both:
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("".join(f"{host.name} slots=1\n" for host in both))
+        command = [sys.executable, "-m", "mbtrain", "doctor", str(config), f"--hostfile={hostfile}", "--json"]
+        command += [f"--run={tmp_path / 'run'}", f"--master-port={launches.free_port()}"]
+        done = subprocess.run(both[0].command(command), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = launches.last_json(done.stdout)
+    assert {name for name, status in statuses(figures).items() if status not in ("ok", "warning")} == set()
+    assert "hosts differ" not in statuses(figures)
+    assert statuses(figures)["network"] == "ok"
+    assert [rank["host"] for rank in figures["ranks"]] == [host.name for host in both]
 
 
 def test_a_host_that_is_gone_is_named_and_no_rank_is_started(tmp_path: Path, config: Path, ssh: dict[str, str]) -> None:
@@ -176,6 +198,10 @@ def test_a_host_with_a_folder_of_its_own_in_place_of_the_shared_one(tmp_path: Pa
         port = taken.getsockname()[1]
         code, _, figures = doctor(tmp_path, f"--hostfile={hostfile}", "--run=runs/x", f"--master-port={port}", **ssh)
     assert code == 2
+    said = next(check for check in figures["checks"] if check["name"] == "run directory")
+    assert said["status"] == "problem"
+    assert said["found"] == f"localhost does not see what 127.0.0.1 writes in {tmp_path}/runs"
+    assert "a file system that all hosts share" in said["remedy"]
 
 
 def test_the_request_passes_through_any_command_line() -> None:
