@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import signal
@@ -383,9 +384,10 @@ def _take_up(
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise CheckpointError(
-            f"{run}: another training is at work in it; stop that one or choose another --run"
-        ) from error
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+            raise CheckpointError(
+                f"{run}: another training is at work in it; stop that one or choose another --run"
+            ) from error
     found, problems = checkpoint.newest(run) if exists else (None, [])
     if problems and found is None:
         raise CheckpointError(

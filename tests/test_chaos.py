@@ -17,7 +17,8 @@ def test_killed_again_and_again_the_end_is_the_same(kills: int, seed: int) -> No
     command = [sys.executable, "-m", "tests.chaos", f"--kills={kills}", f"--seed={seed}"]
     done = subprocess.run(command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    counted = re.search(rf"{kills} kills; (\d+) of (\d+) in training after the first step", done.stdout)
+    counted = re.search(r"(\d+) kills; (\d+) of (\d+) in training after the first step", done.stdout)
     assert counted, done.stdout
-    late, training = map(int, counted.groups())
+    made, late, training = map(int, counted.groups())
+    assert 3 * made >= 2 * kills, f"too few came before the end\n{done.stdout}"
     assert 2 * late >= training, f"too many at the start to show anything\n{done.stdout}"
