@@ -51,6 +51,7 @@ SAVE, EVAL, SAMPLE, KEEP = 3, 2, 5, 1  # every so many steps; checkpoints kept
 STEPS_A_KILL = 9
 ALONE_S = 15.0  # the others end within this time after a kill, and with this status
 LOST = 75
+UNMET = "waiting for a rank not met yet"
 # Of a metrics line: what tells how long something took or how much memory it had, not what came out.
 TIMINGS = re.compile(r"time_unix_s|perf/|mem/|progress/minutes|.*_s$")
 SHIPPED = re.compile(r"\.lock|\.mlflow\.lock|\.mlflow_sent\.json")
@@ -174,6 +175,10 @@ def ending(pids: Sequence[int], status: Callable[[int], int | str], limit_s: flo
             left.remove(pid)
             ended.append((time.monotonic() - began, status(pid)))
         time.sleep(0.005)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR2)  # a forked one writes to its log where it stands
+    time.sleep(0.5 if left else 0)
     kill(left)
     return ended + [(limit_s, "still there") for _ in left]
 
@@ -278,6 +283,12 @@ class Training:
         with contextlib.suppress(OSError):
             return " | ".join(self.log.read_text().splitlines()[-3:])
         return ""
+
+    def said_since(self, size: int) -> str:
+        """What the ranks said after so many bytes of the log."""
+        with self.log.open("rb") as log:
+            log.seek(size)
+            return log.read().decode(errors="replace")
 
     def lines(self, since: float = 0.0) -> list[dict[str, Any]]:
         """Metrics lines written since a time."""
@@ -459,10 +470,13 @@ def kill_training(training: Training, rng: random.Random, found: Found, start_s:
     name = whom if whom.startswith("launcher") else "all ranks" if len(victims) > 1 else "rank"
     found.landed[where] += 1
     found.victims[name] += 1
+    if "in init_process_group" in training.said_since(log_size):
+        # Not lost to the others yet, but late: they wait for it as for any slow one (engine.COLLECTIVE_TIMEOUT).
+        seen = [(seconds, UNMET if status == "still there" else status) for seconds, status in seen]
     found.others += seen
     if leg.kind == "train":
         for _, status in seen:
-            if status != LOST:
+            if status not in (LOST, UNMET):
                 how = f"is {status}" if isinstance(status, str) else f"ended with {status}"
                 found.lingering.append(f"{where}: the other rank {how}, expected {LOST} within {ALONE_S:.0f} s")
     lost = max(before[0], default="") > max(training.names("step_*"), default="")
@@ -474,9 +488,7 @@ def landed(training: Training, began: float, log_size: int, before: tuple[set[st
     """Where a kill hit, by what the run's folder and log show."""
     fresh = training.lines(began)
     if not fresh:
-        with training.log.open("rb") as log:
-            log.seek(log_size)
-            return LOADED if b"data:" in log.read() else STARTING
+        return LOADED if "data:" in training.said_since(log_size) else STARTING
     new = {name for name, _ in training.at_work() - before[1]}
     finals = training.names("step_*")
     if any(name.endswith(".old") for name in new) or (finals - before[0] and len(finals) > KEEP):

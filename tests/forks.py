@@ -8,6 +8,7 @@ ever.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -70,6 +71,7 @@ def _main(program: Program, argv: list[str], log: Path, environment: dict[str, s
     os.dup2(out, 2)
     sys.stdin = open(os.devnull)  # noqa: SIM115  as a launcher gives it
     sys.argv = [program, *argv]
+    faulthandler.register(signal.SIGUSR2)  # where it stands, into the log
     if death is not None:
         die_at(death)
     if program == "mbtrain":
