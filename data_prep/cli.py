@@ -342,6 +342,39 @@ def stats(*path: str, out: str = "", full: str = "", json: str = "", **unknown: 
     finish({**figures, "picture": target}, as_json)
 
 
+def vocabulary(*path: str, **given: str) -> None:
+    """mbtrain-prep vocabulary DIR --out=FILE [options]
+
+    Makes a vocabulary of tokens (BPE, by the tokenizers library) of the bytes of a text data set's train split, for
+    models with model.kind=subword. Any bytes have tokens. The same data and options give the same file.
+
+      --out=FILE        the vocabulary, a .json
+      --size=N          tokens in it, those of the 256 bytes and of the boundary included; fewer if there are no more
+                        pairs of tokens that stand in the data twice                                  (4096)
+      --limit=SIZE      read so many bytes, of samples drawn evenly; all words of what is read are kept in memory (all)
+      --json            last line on stdout: {"tokens", "bytes", "bytes_per_token", "sha256", "path"}
+
+    Example, where CONFIG has one stage of patch_size 1:
+      mbtrain-prep vocabulary shards/books --out=shards/books.json --size=8192
+      mbtrain train CONFIG --model.kind=subword --model.vocabulary=shards/books.json --model.vocabulary_size=8192
+    """
+    options = _options(given, {"out": "", "size": "4096", "limit": "", "json": ""})
+    root, as_json = _one_folder(path), flag("--json", options["json"])
+    if not options["out"]:
+        raise ConfigError("--out: expected a file, got nothing; give --out=FILE")
+    size = number("--size", options["size"], int, 1)
+    limit = _size("--limit", options["limit"], 0) or None
+
+    from data_prep.vocabulary import vocabulary as make
+
+    figures = make(root, Path(options["out"]), size, limit)
+    write(
+        f"{figures['path']}: {figures['tokens']} tokens of {figures['bytes']} bytes, "
+        f"{figures['bytes_per_token']:.3f} bytes a token"
+    )
+    finish(figures, as_json)
+
+
 _HELP = """mbtrain-prep: raw files -> shards for mbtrain train
 
   mbtrain-prep text SRC... --out=DIR    make a data set of documents
@@ -351,6 +384,7 @@ _HELP = """mbtrain-prep: raw files -> shards for mbtrain train
   mbtrain-prep append DIR SRC...        add new sources to a data set; what is in it stays where it is
   mbtrain-prep verify DIR               check every byte of a data set against its hashes
   mbtrain-prep stats DIR                samples, lengths, bytes, compressors as baselines, and a page to look at
+  mbtrain-prep vocabulary DIR           make a vocabulary of tokens of a data set, for models with model.kind=subword
 
 Options are --key=value. `mbtrain-prep VERB --help` shows those of a verb, with examples.
 Progress goes to stderr. Exit status: 0 done, 2 a mistake or bad data (one line says which), 130 interrupted.
@@ -367,6 +401,7 @@ PROGRAM = Program(
         "append": append,
         "verify": verify,
         "stats": stats,
+        "vocabulary": vocabulary,
     },
     flags=("strict", "overwrite", "json", "dry-run", "dry_run", "draft", "full"),
     help=_HELP,

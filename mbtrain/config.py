@@ -45,8 +45,10 @@ class StageConfig(_Section):
     """One transformer of the hierarchy. Widths are in features, patch_size in bytes.
 
     patch_size  bytes that make one position of this stage: 8 for the paper's global model with P = 8; 1 for the last
-    d_model     width; a stage's bytes are embedded d_model / patch_size wide and concatenated (paper, eq. 2)
+    d_model     width; a stage's bytes are embedded d_model // patch_size wide and concatenated (paper, eq. 2). What
+                the division leaves over stays empty at the input and is not handed to the finer stage
     d_ff        width of the feed-forward layer; None means 4 * d_model
+    window      of the coarsest stage: a position looks at so many positions, its own included; None: at all before it
     """
 
     patch_size: Positive
@@ -54,6 +56,12 @@ class StageConfig(_Section):
     n_layers: Positive
     n_heads: Positive
     d_ff: Positive | None = None
+    window: Positive | None = None
+
+    @property
+    def d_byte(self) -> int:
+        """Features of one byte of a position."""
+        return self.d_model // self.patch_size
 
     @property
     def d_head(self) -> int:
@@ -141,6 +149,18 @@ PRESETS = {"paper": _PAPER, "modern": _MODERN}
 class ModelConfig(_Section):
     """The model: stages from coarse to fine, and what the paper leaves open as named choices.
 
+    kind               megabyte; or a rival of it, with one stage of patch_size 1: transformer (bytes, with or without
+                       stages.0.window), perceiver_ar (the last `latents` positions look at the whole row), subword (a
+                       transformer of tokens, whose rows are the same bytes)
+    latents            perceiver_ar: positions that are computed and predicted at a time
+    vocabulary         subword: the file that `mbtrain-prep vocabulary` wrote; vocabulary_size: its number of tokens;
+                       vocabulary_sha256: of that file, which a run notes when it copies it
+    patching           fixed; or space: patches end after words (SpaceByte's rule), stages.0.patch_size is the longest
+    without            none; or the paper's ablations: local (each byte of a patch from the global model alone), global
+                       (the local model alone, in patches of stages.0.patch_size)
+    conv_encoder       widths of causal convolutions over the coarsest stage's bytes before its patches are made; the
+                       paper's: [3, 5, 7]
+    cross_patch        the last stage's positions also look at so many positions of the patch before, in every layer
     preset             paper | modern: fills every key below that is not given
     positions          of the coarsest stage: learned (a table of seq_len rows, per byte: eq. 1), rotary, none
     local_positions    of the finer stages: learned (one row per slot in the patch), rotary, none
@@ -152,7 +172,15 @@ class ModelConfig(_Section):
                        data.boundary. false: a document sees those before it in its row
     """
 
-    kind: Literal["megabyte"] = "megabyte"
+    kind: Literal["megabyte", "transformer", "perceiver_ar", "subword"] = "megabyte"
+    latents: Positive | None = None
+    vocabulary: str | None = None
+    vocabulary_size: Positive | None = None
+    vocabulary_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    patching: Literal["fixed", "space"] = "fixed"
+    without: Literal["none", "local", "global"] = "none"
+    conv_encoder: tuple[Positive, ...] = ()
+    cross_patch: Annotated[int, Field(ge=0)] = 0
     preset: Literal["paper", "modern"] = "modern"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     positions: Literal["learned", "rotary", "none"]
@@ -177,25 +205,70 @@ class ModelConfig(_Section):
             where = f"model.stages.{i}"
             if stage.d_model % stage.n_heads:
                 _fail(f"{where}.n_heads", stage.n_heads, f"a divisor of d_model = {stage.d_model}")
-            if self._positions_of(i) == "rotary" and stage.d_head % 2:
+            rotary = self._positions_of(i) == "rotary" or (self.cross_patch > 0 and i + 1 == len(self.stages))
+            if rotary and stage.d_head % 2:
                 _fail(f"{where}.n_heads", stage.n_heads, f"an even width per head for rotary, not {stage.d_head}")
-            if stage.d_model % stage.patch_size:
-                allowed = (
-                    f"a multiple of patch_size = {stage.patch_size} (bytes are embedded d_model / patch_size wide)"
-                )
+            if stage.d_model < stage.patch_size:
+                allowed = f"at least patch_size = {stage.patch_size} (bytes are embedded d_model // patch_size wide)"
                 _fail(f"{where}.d_model", stage.d_model, allowed)
+            if stage.window is not None and i:
+                _fail(f"{where}.window", stage.window, "None: finer stages look no further than their patch")
             if i + 1 < len(self.stages):
                 finer = self.stages[i + 1].patch_size
                 if stage.patch_size <= finer or stage.patch_size % finer:
                     allowed = f"a larger multiple of the next stage's {finer} (stages go from coarse to fine)"
                     _fail(f"{where}.patch_size", stage.patch_size, allowed)
                 ratio = stage.patch_size // finer
-                if stage.d_model % ratio:
-                    allowed = f"a multiple of {ratio}, the positions of stage {i + 1} in one of stage {i}"
+                if stage.d_model < ratio:
+                    allowed = f"at least {ratio}, the positions of stage {i + 1} in one of stage {i}"
                     _fail(f"{where}.d_model", stage.d_model, allowed)
         if self.stages[-1].patch_size != 1:
             _fail(f"model.stages.{len(self.stages) - 1}.patch_size", self.stages[-1].patch_size, "1: it predicts bytes")
+        self._kind_fits()
         return self
+
+    def _kind_fits(self) -> None:
+        """What belongs to one kind of model stands in no other."""
+        if self.kind != "megabyte" and len(self.stages) > 1:
+            _fail("model.stages", f"{len(self.stages)} of them", f"one, of patch_size 1, for model.kind={self.kind}")
+        if (self.kind == "perceiver_ar") != (self.latents is not None):
+            _fail("model.latents", self.latents, "a number for model.kind=perceiver_ar, and None for all others")
+        if self.kind == "perceiver_ar" and self.stages[0].window is not None:
+            _fail("model.stages.0.window", self.stages[0].window, "None: perceiver_ar has latents for it")
+        if self.latents is not None and self.latents % 2:
+            _fail("model.latents", self.latents, "an even number: the row is scored in strides of half of it")
+        subword = self.kind == "subword"
+        if subword != (self.vocabulary is not None) or subword != (self.vocabulary_size is not None):
+            got = f"{self.vocabulary}, {self.vocabulary_size}"
+            _fail("model.vocabulary, model.vocabulary_size", got, "both for model.kind=subword, neither for all others")
+        if not subword and self.vocabulary_sha256 is not None:
+            _fail("model.vocabulary_sha256", self.vocabulary_sha256, "None where there is no model.vocabulary")
+        plain = {"patching": "fixed", "without": "none", "conv_encoder": (), "cross_patch": 0}
+        special = [name for name, usual in plain.items() if getattr(self, name) != usual]
+        if special and (self.kind != "megabyte" or len(self.stages) < 2):
+            value = getattr(self, special[0])
+            _fail(f"model.{special[0]}", value, "it only with model.kind=megabyte, of two stages or more")
+        if self.without != "none" and len(self.stages) != 2:
+            _fail("model.without", self.without, "none, or two stages: a global model and a local one")
+        if self.without == "local" and self.cross_patch:
+            _fail("model.cross_patch", self.cross_patch, "0 with model.without=local: there is no local model")
+        if self.without == "global" and self.conv_encoder:
+            _fail("model.conv_encoder", list(self.conv_encoder), "none with model.without=global: it is a part of it")
+        if self.patching == "space" and (len(self.stages) != 2 or self.without != "none" or self.conv_encoder):
+            _fail("model.patching", "space", "fixed, or two stages without conv_encoder and without=none")
+        if len(self.stages) > 1 and self.cross_patch > self.stages[-2].patch_size:
+            _fail("model.cross_patch", self.cross_patch, f"at most {self.stages[-2].patch_size}, the patch's positions")
+        if self.isolate_documents and not self.is_plain:
+            what = special[0] if special else "stages.0.window" if self.stages[0].window else f"kind={self.kind}"
+            _fail("model.isolate_documents", True, f"false with model.{what}, which does not keep documents apart")
+        if self.block.token_shift and (special or self.kind in ("perceiver_ar", "subword")):
+            _fail("model.block.token_shift", True, "false for this model.kind and these options")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ranks can share the rows of this model (train.sequence_parallel), and documents be kept apart."""
+        plain = self.patching == "fixed" and self.without == "none" and not self.conv_encoder and not self.cross_patch
+        return self.kind in ("megabyte", "transformer") and plain and self.stages[0].window is None
 
     def _positions_of(self, stage: int) -> str:
         return self.positions if stage == 0 else self.local_positions
@@ -417,12 +490,16 @@ class SampleConfig(_Section):
 
 
 class LogConfig(_Section):
-    """Logging. mlflow_uri: None means MLFLOW_TRACKING_URI, else sqlite under mlruns/ of the working directory."""
+    """Logging. mlflow_uri: None means MLFLOW_TRACKING_URI, else sqlite under mlruns/ of the working directory.
+
+    parent   the run of the experiment below which MLflow shows this one, as one of a sweep; made if it is not there
+    """
 
     every_steps: Positive = 10
     mlflow: bool = True
     mlflow_uri: str | None = None
     experiment: str = "mbtrain"
+    parent: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
 
     @model_validator(mode="after")
     def _no_password(self) -> LogConfig:
@@ -466,6 +543,13 @@ class Config(_Section):
         if sequence > 1 and self.model.block.token_shift:
             _fail(
                 "train.sequence_parallel", sequence, "1 with model.block.token_shift, which looks at the patch before"
+            )
+        if sequence > 1 and not self.model.is_plain:
+            _fail("train.sequence_parallel", sequence, "1 for this model.kind and these options of it")
+        latents = self.model.latents
+        if latents is not None and (self.data.seq_len < latents or self.data.seq_len % (latents // 2)):
+            _fail(
+                "data.seq_len", self.data.seq_len, f"a multiple of model.latents / 2 = {latents // 2}, latents or more"
             )
         micro = self.train.micro_batch_size
         if micro is not None and self.train.global_batch_size % micro:
@@ -537,7 +621,21 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
         )
     for key, value in (overrides or {}).items():
         _override(tree, key, value)
-    return validate(tree)
+    return _with_vocabulary_beside(validate(tree), path.parent)
+
+
+def _with_vocabulary_beside(config: Config, folder: Path) -> Config:
+    """A vocabulary is looked for beside the file that names it, and then from the working directory.
+
+    So a run and an export find their own, wherever they were moved; of theirs the hash is known.
+    """
+    name = config.model.vocabulary
+    if name is None:
+        return config
+    beside = folder / name
+    if beside.is_file() or (config.model.vocabulary_sha256 is not None and not Path(name).is_file()):
+        return config.model_copy(update={"model": config.model.model_copy(update={"vocabulary": str(beside)})})
+    return config
 
 
 def validate(tree: Mapping[str, Any]) -> Config:

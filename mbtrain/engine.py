@@ -28,8 +28,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from mbtrain.checkpoint import KINDS, Fragment, Stored
 from mbtrain.config import Config, batch_shape
 from mbtrain.errors import PeersError
+from mbtrain.model import Model
 from mbtrain.model.layers import Transformer, attend, role_of
-from mbtrain.model.megabyte import Megabyte
 from mbtrain.model.sequence import Part, by_head, by_position
 
 WEIGHT, MOMENTS = KINDS[0], KINDS[1:]
@@ -74,6 +74,13 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         # Accumulated in bf16, a batch cut in four gives another gradient than the same batch in one piece.
         made["data_types"] = {"grad_accum_dtype": "fp32"}
     return made
+
+
+def launched() -> bool:
+    """Whether this process is one of several ranks that a launcher started."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "MASTER_ADDR" in os.environ and "SLURM_PROCID" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1
 
 
 def start() -> Ranks:
@@ -213,7 +220,7 @@ class PausableAdamW(torch.optim.AdamW):
 class Engine:
     """A model under DeepSpeed: forward and backward by micro-step, one optimizer step, exact state in and out."""
 
-    def __init__(self, config: Config, model: Megabyte, ranks: Ranks):
+    def __init__(self, config: Config, model: Model, ranks: Ranks):
         self.config, self.ranks = config, ranks
         # Without ZeRO and loss scaling, DeepSpeed leaves weights, gradients and optimizer where torch has them.
         self._plain = config.train.zero_stage == 0 and config.train.precision != "fp16"
@@ -240,7 +247,7 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.ranks), dist_init_required=False
         )
-        self.module: nn.Module = self.engine.module
+        self.module: Model = self.engine.module
         self.optimizer = optimizer
         self.gradient_sums = torch.zeros(len(self.names), dtype=torch.float32, device=ranks.device)
         self._ready_moments()
@@ -387,7 +394,7 @@ class Engine:
             param.register_hook(watch(index))
 
 
-def share_rows(model: Megabyte, ranks: Ranks, parts: int) -> None:
+def share_rows(model: Model, ranks: Ranks, parts: int) -> None:
     """Let every `parts` consecutive ranks share their rows: each then computes its own part of the patches. Collective.
 
     Called before deepspeed.initialize; 1 changes nothing. The groups are ours and unknown to DeepSpeed: ZeRO goes on

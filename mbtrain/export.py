@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mbtrain import config
+from mbtrain import config, tokens
 from mbtrain.checkpoint import write_atomically
 from mbtrain.errors import CheckpointError, ConfigError
 from mbtrain.evaluate import load_model
@@ -42,7 +42,7 @@ def _must_be_whole(path: Path) -> None:
     try:
         lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines()
         sums = {name: expected for expected, name in (line.split("  ", 1) for line in lines)}
-        for name in ("weights.safetensors", "config.yaml"):
+        for name in dict.fromkeys(("weights.safetensors", "config.yaml", *sums)):
             if file_sha256(path / name) != sums.get(name):
                 raise CheckpointError(f"{path / name}: its content is not what was exported (sha256 differs)")
     except (OSError, ValueError) as error:
@@ -52,6 +52,7 @@ def _must_be_whole(path: Path) -> None:
 def export_run(path: str | Path, out: str | Path) -> Path:
     """Write weights.safetensors, config.yaml and SHA256SUMS to OUT; reload and compare the logits, bit for bit.
 
+    A vocabulary of tokens lies beside them.
     OUT must not exist yet. Raises CheckpointError when the reloaded model differs, and leaves nothing under OUT.
     """
     from safetensors.torch import save
@@ -64,7 +65,11 @@ def export_run(path: str | Path, out: str | Path) -> Path:
     temporary.mkdir(parents=True)
     try:
         weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-        files = {"weights.safetensors": save(weights), "config.yaml": config.to_yaml(settings).encode()}
+        settings, files = tokens.copied(settings, out)
+        files |= {
+            "weights.safetensors": save(weights),
+            "config.yaml": config.to_yaml(tokens.written(settings)).encode(),
+        }
         sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
         for name, content in {**files, "SHA256SUMS": sums.encode()}.items():
             write_atomically(temporary / name, content)

@@ -13,21 +13,7 @@ from typing import Any
 
 import torch
 
-# Dense tensor-core TFLOP/s without sparsity, from the makers' data sheets: (bf16 or fp16, tf32 or fp32).
-_GPU_PEAKS = {
-    "H100 PCIe": (756, 378),
-    "H100 NVL": (835, 417),
-    "H100": (989, 494),
-    "H200": (989, 494),
-    "A100": (312, 156),
-    "L40S": (362, 183),
-    "L4": (121, 60),
-    "A10G": (70, 35),
-    "V100": (112, 14),
-    "RTX 4090": (165, 83),
-    "RTX 3090": (71, 36),
-    "B200": (2250, 1125),
-}
+from mbtrain import gpus
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -37,11 +23,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """
     if device.type == "cpu":
         return measured_peak(torch.float32 if precision == "fp32" else torch.bfloat16)
-    name = torch.cuda.get_device_name(device)
-    for key, (low, full) in _GPU_PEAKS.items():
-        if key in name:
-            return (full if precision == "fp32" else low) * 1e12
-    return None
+    return gpus.peak(torch.cuda.get_device_name(device), precision)
 
 
 def measured_peak(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:

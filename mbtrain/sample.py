@@ -18,7 +18,7 @@ from torch import Tensor
 from mbtrain import checkpoint, render, vocab
 from mbtrain.evaluate import load_model
 from mbtrain.model import Model
-from mbtrain.model.decode import Decoder
+from mbtrain.model.subword import Subword
 from mbtrain.request import Asked, Plan, chosen, plan, read_prompt
 
 
@@ -88,6 +88,8 @@ def generate(
     """
     if not prompts or n_bytes == 0:
         return [b"" for _ in prompts]
+    if isinstance(model, Subword):
+        return _by_tokens(model, prompts, n_bytes, how, documents=documents, ends=ends)
     device = next(model.parameters()).device
     knows_boundary = model.vocab_size > vocab.NUM_BYTES
     # Where documents are kept apart, one has nothing before it, not even the boundary that ended another.
@@ -97,10 +99,7 @@ def generate(
     # A prompt that fills a row is cut to what the decoder would keep of it, whatever stands beside it in the batch.
     given = [ids if len(ids) < row else ids[len(ids) - row // 2 // patch * patch :] for ids in given]
     shortest, longest = min(map(len, given)), max(map(len, given))
-    uniform = np.stack(
-        [np.random.Generator(np.random.Philox(key=[how.seed, i])).random(n_bytes) for i in range(len(given))]
-    )
-    uniforms = torch.from_numpy(uniform).to(device)
+    uniforms = _uniforms(how, len(given), n_bytes, device)
     forced = torch.full((len(given), longest - shortest + 1), -1, dtype=torch.int64)
     for i, ids in enumerate(given):
         forced[i, : len(ids) - shortest] = torch.tensor(ids[shortest:], dtype=torch.int64)
@@ -108,7 +107,7 @@ def generate(
 
     was_training = model.training
     model.eval()
-    decoder = Decoder(model, len(given))
+    decoder = model.decoder(len(given))
     out: list[list[int]] = [[] for _ in given]
     ended = [False] * len(given)
     logits = decoder.feed(
@@ -136,6 +135,32 @@ def generate(
         logits = decoder.feed(chosen.unsqueeze(1))
     model.train(was_training)
     return [bytes(row) for row in out]
+
+
+def _uniforms(how: Sampling, rows: int, number: int, device: torch.device) -> Tensor:
+    """Points in [0, 1), float64 (rows, number): a row's are its own, whatever the number of rows."""
+    drawn = [np.random.Generator(np.random.Philox(key=[how.seed, i])).random(number) for i in range(rows)]
+    return torch.from_numpy(np.stack(drawn)).to(device)
+
+
+def _by_tokens(
+    model: Subword, prompts: Sequence[bytes], n_bytes: int, how: Sampling, *, documents: bool, ends: bool
+) -> list[bytes]:
+    """As `generate`, token by token and row by row: rows have their bytes at different tokens."""
+    knows_boundary = model.vocab_size > vocab.NUM_BYTES
+    points = _uniforms(how, len(prompts), n_bytes, next(model.parameters()).device)
+
+    def row(i: int, prompt: bytes) -> bytes:
+        def pick(logits: Tensor, token: int) -> Tensor:
+            return choose(logits, points[i : i + 1, token : token + 1], how)
+
+        return model.continued(prompt, n_bytes, pick, begin=knows_boundary and documents, ends=knows_boundary and ends)
+
+    was_training = model.training
+    model.eval()
+    made = [row(i, prompt) for i, prompt in enumerate(prompts)]
+    model.train(was_training)
+    return made
 
 
 def make(model: Model, planned: Plan, how: Sampling) -> list[bytes]:

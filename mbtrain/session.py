@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, request, tracking, watch
+from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, request, tokens, tracking, watch
 from mbtrain import sample as sampling
 from mbtrain.agreement import on_all_ranks, on_rank_0
 from mbtrain.checkpoint import Checkpoint, Progress, Stored
@@ -31,10 +31,11 @@ from mbtrain.engine import Engine, Ranks, from_rank_0, gathered, start, stop, to
 from mbtrain.errors import CheckpointError, ConfigError, MbtrainError
 from mbtrain.log import bar, duration, say, size
 from mbtrain.model import build
-from mbtrain.model.flops import count
+from mbtrain.model.flops import Count, count
 from mbtrain.redact import redact
 from mbtrain.saving import Saver
 from mbtrain.shards import load_manifest
+from mbtrain.units import measured_unit_bytes
 
 STOP_FILE = "stop"  # RUN/stop, made by anybody, ends the run as SIGTERM does
 
@@ -67,6 +68,7 @@ class Session:
     ranks: Ranks
     engine: Engine
     mixture: Mixture
+    counted: Count
     val_sources: list[Opened]
     progress: Progress
     peak_flops: float | None
@@ -79,14 +81,20 @@ class Session:
 
 
 class Window:
-    """Sums since the last report: nats, targets (ids that count), ids, waiting; and where the run stood then."""
+    """Sums since the last report, and where the run stood then.
+
+    nats are of `targets` ids that count and were predicted, `bytes` of which are real; ids are those of whole rows.
+    (A model that is trained on a span of each row predicts fewer bytes than are read, which is what Progress counts.)
+    """
 
     def __init__(self, since: Progress, held_s: float):
         self.since, self.held_s, self.nats, self.targets, self.ids, self.waited_s = since, held_s, 0.0, 0, 0, 0.0
+        self.bytes = 0
 
-    def add(self, nats: float, targets: int, ids: int) -> None:
+    def add(self, nats: float, targets: int, bytes_: int, ids: int) -> None:
         self.nats += nats
         self.targets += targets
+        self.bytes += bytes_
         self.ids += ids
 
 
@@ -113,6 +121,7 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
         with _signals_noted(stopping), ExitStack() as held:
             sources = on_all_ranks(lambda: _open_sources(settings, ranks))
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
+            settings = on_all_ranks(lambda: _as_taken_up(settings, run))
             ours = True
             yield replace(_begin(settings, run, ranks, sources, found, stopping), watching=watching)
     except Exception as error:
@@ -129,13 +138,15 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
         stop()
 
 
-def last_step(settings: Config, mixed: Mixture, progress: Progress) -> int | None:
+def last_step(settings: Config, mixed: Mixture, progress: Progress, training_flops: float) -> int | None:
     """The step that ends the run; None: only minutes do. Data that ends is a limit too, but never a silent one.
+
+    training_flops: of a byte of a row.
 
     Raises:
         ConfigError: train.steps, bytes or flops ask for more than data.sources hold by their epochs.
     """
-    asked = config.step_limit(settings, count(settings).training_per_byte)
+    asked = config.step_limit(settings, training_flops)
     if mixed.end is None:
         return asked
     left = mixed.end - progress.position // settings.data.seq_len
@@ -152,7 +163,11 @@ def last_step(settings: Config, mixed: Mixture, progress: Progress) -> int | Non
 def report(
     now: Session, window: Window, progress: Progress, *, lr_factor: float, grad_norm: float, done: float, flops: float
 ) -> None:
-    """Write the window's metrics to metrics.jsonl and a line to the log. Collective: memory is the ranks' largest."""
+    """Write the window's metrics to metrics.jsonl and a line to the log. Collective: memory is the ranks' largest.
+
+    train/loss_nats and train/bpb are exact over what was predicted; progress/bytes and perf/bytes_per_s count what was
+    read, which is more where a model is trained on a span of each row; progress/flops and perf/mfu are what both cost.
+    """
     memory = max(gathered(hardware.peak_memory_bytes(now.ranks.device)))
     if now.ranks.rank != 0:
         return
@@ -163,7 +178,7 @@ def report(
     row_ids = settings.train.global_batch_size * settings.data.seq_len
     values = {
         "train/loss_nats": window.nats / window.targets if window.targets else float("nan"),
-        "train/bpb": bits_per_byte(window.nats, real_bytes),
+        "train/bpb": bits_per_byte(window.nats, window.bytes),
         "optim/lr": settings.optim.lr * lr_factor,
         "optim/grad_norm": grad_norm,
         "optim/loss_scale": now.engine.loss_scale(),
@@ -388,6 +403,7 @@ def _take_up(
             raise CheckpointError(
                 f"{run}: another training is at work in it; stop that one or choose another --run"
             ) from error
+    settings, own_files = tokens.copied(settings, run)
     found, problems = checkpoint.newest(run) if exists else (None, [])
     if problems and found is None:
         raise CheckpointError(
@@ -408,8 +424,16 @@ def _take_up(
     checkpoint.clear(run)
     for name in ("status.json", STOP_FILE):
         (run / name).unlink(missing_ok=True)
-    checkpoint.write_atomically(run / "config.yaml", config.to_yaml(settings).encode())
+    for name, content in {**own_files, "config.yaml": config.to_yaml(tokens.written(settings)).encode()}.items():
+        checkpoint.write_atomically(run / name, content)
     return found
+
+
+def _as_taken_up(settings: Config, run: Path) -> Config:
+    """The settings with the run's own vocabulary, on every rank: the run needs nothing but its data from then on."""
+    if settings.model.vocabulary is None:
+        return settings
+    return settings.model_copy(update={"model": config.load(run / "config.yaml").model})
 
 
 def _must_fit(old: Config, new: Config, run: Path) -> None:
@@ -449,9 +473,12 @@ def _begin(
     progress = found.progress if found else Progress(dataset_hash=manifest_hash)
     if not progress.source_bytes:
         progress = replace(progress, source_bytes=[progress.bytes, *[0] * (len(train_sources) - 1)])
-    steps = last_step(settings, mixed, progress)
     torch.manual_seed(settings.train.seed)
-    engine = Engine(settings, build(settings), ranks)
+    model = build(settings)
+    # What a byte costs is the data's own where words or tokens are the positions; the same on all ranks and ever after.
+    counted = count(settings, unit_bytes=on_all_ranks(lambda: measured_unit_bytes(model, mixed)))
+    steps = last_step(settings, mixed, progress, counted.training_per_byte)
+    engine = Engine(settings, model, ranks)
     if found:
         _load(engine, found)
     saver = Saver(run, settings, engine)
@@ -460,7 +487,16 @@ def _begin(
     if ranks.rank == 0:
         environment = hardware.environment(ranks.device, ranks.ranks)
         tags = {"commit": environment["commit"], "host": environment["host"], "dataset_hash": manifest_hash}
-        content = json.dumps({**environment, "tags": tags, "data": described(train_sources)}, indent=1)
+        costs = {
+            "parameters": counted.parameters,
+            "forward_flops_per_byte": counted.forward_per_byte,
+            "training_flops_per_byte": counted.training_per_byte,
+            "unit_bytes": counted.unit_bytes,
+        }
+        kinds = [(source.name, source.split.modality) for source in train_sources]
+        tags |= tracking.labels(settings, kinds, counted.parameters)
+        described_ = {**environment, "tags": tags, "model": costs, "data": described(train_sources)}
+        content = json.dumps(described_, indent=1)
         checkpoint.write_atomically(run / "environment.json", content.encode())
     # A prompt that does not fit the data is said now, not at the first sample.
     on_rank_0(lambda: request.plans(run, settings, request.asked_in(settings.sample)), ranks)
@@ -468,19 +504,19 @@ def _begin(
         if settings.log.mlflow:
             uri = settings.log.mlflow_uri or tracking.default_uri(Path.cwd())
             known = progress.mlflow_run_id
-            shipper = tracking.start_shipper(run, uri, settings.log.experiment, settings.name, run_id=known)
+            log = settings.log
+            shipper = tracking.start_shipper(run, uri, log.experiment, settings.name, run_id=known, parent=log.parent)
         if found:
             say(run, f"going on from {found.path} at step {progress.step}")
-        say(run, _headline(settings, ranks, environment, peak))
+        say(run, _headline(settings, counted, ranks, environment, peak))
         for line in _source_lines(mixed):
             say(run, line)
-        if mixed.end is not None and config.step_limit(settings, count(settings).training_per_byte) is None:
+        if mixed.end is not None and config.step_limit(settings, counted.training_per_byte) is None:
             say(run, f"data: the sources have been read as often as they may be after step {steps}: the run ends there")
-    return Session(settings, run, ranks, engine, mixed, val_sources, progress, peak, stopping, saver, shipper)
+    return Session(settings, run, ranks, engine, mixed, counted, val_sources, progress, peak, stopping, saver, shipper)
 
 
-def _headline(settings: Config, ranks: Ranks, environment: dict[str, Any], peak: float | None) -> str:
-    counted = count(settings)
+def _headline(settings: Config, counted: Count, ranks: Ranks, environment: dict[str, Any], peak: float | None) -> str:
     stages = " + ".join(f"{s.n_layers}x{s.d_model} every {s.patch_size} B" for s in settings.model.stages)
     return (
         f"{settings.name}: {counted.parameters / 1e6:.2f}M parameters ({stages}), "

@@ -25,7 +25,6 @@ from mbtrain.data.loader import Batch, Shape, batches
 from mbtrain.data.order import mix_numbers
 from mbtrain.engine import gathered, total
 from mbtrain.errors import CheckpointError, DataError, DivergedError, MbtrainError
-from mbtrain.model.flops import count
 from mbtrain.model.loss import nats
 from mbtrain.schedule import lr_factor
 from mbtrain.session import Session
@@ -43,10 +42,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Sums:
-    """One optimizer step over all ranks: nats, real bytes by source, rank 0's clock, whether to stop, on how many ranks
-    the pending checkpoint is on disk, the digest of the rows, and what was not finite ("" if all was)."""
+    """One optimizer step over all ranks: nats, the ids that counted in them and the real bytes among those, real bytes
+    of the rows by source, rank 0's clock, whether to stop, on how many ranks the pending checkpoint is on disk, the
+    digest of the rows, and what was not finite ("" if all was)."""
 
     nats: float
+    targets: int
+    predicted_bytes: int
     source_bytes: list[int]
     elapsed_s: float
     stop: bool
@@ -61,6 +63,8 @@ class Step:
 
     nats: Tensor
     source_bytes: np.ndarray
+    targets: int = 0
+    predicted_bytes: int = 0
     rows_digest: int = 0
     waited_s: float = 0.0
     unread: MbtrainError | None = None
@@ -85,8 +89,8 @@ def train(settings: Config, run: Path, *, resume: bool) -> Result:
 def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
     """Steps until a limit or a signal; returns where the run stands, saved, and whether a signal ended it."""
     settings, engine, ranks = now.settings, now.engine, now.ranks
-    training_flops = count(settings).training_per_byte
-    last_step = session.last_step(settings, now.mixture, now.progress)
+    training_flops = now.counted.training_per_byte
+    last_step = session.last_step(settings, now.mixture, now.progress, training_flops)
     shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, engine.reader, engine.readers)
     saved = tried = progress  # the last checkpoint that is on disk or on its way; the last that was due
     stopped = False
@@ -97,7 +101,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
     now.clock.start(progress.elapsed_s)
     with batches(now.mixture, shape, progress.position) as feed:
         while (done := share_done(settings, progress, last_step)) < 1 and not stopped:
-            batch, mine = _accumulate(now, progress, shape, feed)
+            mine = _accumulate(now, progress, shape, feed)
             try:
                 sums = _agree(now, progress, mine)
             except DataError:  # nothing was updated yet, on any rank
@@ -112,7 +116,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
                 elapsed_s=sums.elapsed_s,
                 rows_digest=(progress.rows_digest + sums.rows_digest) % 2**64,
             )
-            loss_nats = sums.nats / batch.targets
+            loss_nats = sums.nats / sums.targets if sums.targets else math.nan  # a span of filling alone
             trouble = sums.trouble or guard.spike(settings.guard, progress.recent_losses, loss_nats)
             if trouble:
                 progress = replace(
@@ -131,7 +135,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
                     optimizer_steps=progress.optimizer_steps + 1,
                     recent_losses=guard.remembered(settings.guard, progress.recent_losses, loss_nats),
                 )
-                window.add(sums.nats, batch.targets, shape.step_ids)
+                window.add(sums.nats, sums.targets, sums.predicted_bytes, shape.step_ids)
             if sums.written == ranks.ranks:
                 now.saver.finish()
             stopped = sums.stop
@@ -158,8 +162,8 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
     return progress, stopped
 
 
-def _accumulate(now: Session, progress: Progress, shape: Shape, feed: Iterator[Batch]) -> tuple[Batch, Step]:
-    """The micro-steps of one step, forward and backward; returns the last batch and what this rank adds to the sums."""
+def _accumulate(now: Session, progress: Progress, shape: Shape, feed: Iterator[Batch]) -> Step:
+    """The micro-steps of one step, forward and backward; returns what this rank adds to the sums."""
     engine, device = now.engine, now.ranks.device
     nothing = _nothing(shape)
     batch = nothing
@@ -171,23 +175,32 @@ def _accumulate(now: Session, progress: Progress, shape: Shape, feed: Iterator[B
         except MbtrainError as error:  # told to all ranks at the sum: until then this one keeps in step
             mine.unread, batch = error, nothing
         mine.waited_s += time.perf_counter() - asked
+        # The columns that are predicted, where those are a part of the row: the same on all ranks, and after a resume.
+        number = mix_numbers(now.settings.train.seed, progress.step, micro_step)
+        span = engine.module.training_span(shape.seq_len, number)
+        columns, seen = (engine.columns, None) if span is None else (span, span.stop)
         if engine.counts_rows:
             mine.source_bytes += _bytes_by_source(batch, len(mine.source_bytes))
+            mine.targets += _targets(batch, span)
+            mine.predicted_bytes += int(_real(batch)[:, span or slice(None)].sum())
             mine.rows_digest += batch.digest
-        ids = torch.from_numpy(batch.ids).to(device, non_blocking=True).long()
+        ids = torch.from_numpy(batch.ids[:, :seen]).to(device, non_blocking=True).long()
         # Dropout's numbers follow from the step alone, so a resumed run draws the same ones.
         torch.manual_seed(mix_numbers(now.settings.train.seed, progress.step, micro_step, now.ranks.rank))
-        each = nats(engine(ids), ids[:, engine.columns])
+        each = nats(engine(ids), ids[:, columns])
         if batch.mask is None and batch.targets == shape.step_ids:
             loss = each.mean()
         else:  # each id that counts weighs the same, in whichever micro-batch it stands
-            each = each * _counted(batch, engine.columns, each)
-            loss = each.sum() * (shape.accumulation * now.ranks.ranks / batch.targets)
+            each = each * _counted(batch, columns, each)
+            # How many count in the spans of other ranks and micro-steps is known too late. All spans are equally wide,
+            # and this is their share of the rows' targets; it scales the gradient alone, what is reported is exact.
+            share = 1.0 if span is None else (span.stop - span.start) / shape.seq_len
+            loss = each.sum() * (shape.accumulation * now.ranks.ranks / (batch.targets * share))
         engine.backward(loss)
         mine.nats += each.detach().double().sum()
         if micro_step + 1 < shape.accumulation:
             engine.step(0.0)
-    return batch, mine
+    return mine
 
 
 def share_done(settings: Config, progress: Progress, last_step: int | None) -> float:
@@ -210,9 +223,19 @@ def _nothing(shape: Shape) -> Batch:
 
 def _bytes_by_source(batch: Batch, sources: int) -> np.ndarray:
     """Real bytes of each source in a batch, int64 [sources]."""
+    return np.bincount(batch.sources, weights=_real(batch).sum(axis=1), minlength=sources).astype(np.int64)
+
+
+def _real(batch: Batch) -> np.ndarray:
+    """Which ids are bytes that count, bool [micro, seq_len]: no boundaries, no filling."""
     real = batch.ids != vocab.BOUNDARY
-    real = real if batch.mask is None else real & batch.mask
-    return np.bincount(batch.sources, weights=real.sum(axis=1), minlength=sources).astype(np.int64)
+    return real if batch.mask is None else real & batch.mask
+
+
+def _targets(batch: Batch, span: slice | None) -> int:
+    """How many ids count in these columns of a batch, or in all."""
+    columns = span or slice(None)
+    return batch.ids[:, columns].size if batch.mask is None else int(batch.mask[:, columns].sum())
 
 
 def _counted(batch: Batch, columns: slice, like: Tensor) -> Tensor:
@@ -235,8 +258,9 @@ def _agree(now: Session, progress: Progress, mine: Step) -> Sums:
     high, low = divmod(mine.rows_digest % 2**64, 2**32)  # sums of halves are exact in float64
     flags = [float(session.told_to_stop(now)), float(now.saver.written()), float(mine.unread is not None)]
     counts = [float(not finite), float(sum(bad)), float(high), float(low)]
+    counts += [float(mine.targets), float(mine.predicted_bytes)]
     sums = total([lost if finite else 0.0, elapsed, *flags, *counts, *mine.source_bytes.tolist()], ranks)
-    nats_, elapsed, stops, written, unread_parts, bad_losses, bad_gradients, high_, low_, *bytes_ = sums
+    nats_, elapsed, stops, written, unread_parts, bad_losses, bad_gradients, high_, low_, *counted = sums
     if unread_parts:
         said = [f"rank {i}: {text}" for i, text in enumerate(gathered(str(mine.unread or ""))) if text]
         raise DataError(f"step {progress.step + 1}: {'; '.join(said[:4])}")
@@ -250,7 +274,8 @@ def _agree(now: Session, progress: Progress, mine: Step) -> Sums:
         trouble = "not finite: " + "; ".join(cause for of_rank in gathered(causes) for cause in of_rank[:4])
         nats_ = float("nan") if bad_losses else nats_
     digest = (int(high_) * 2**32 + int(low_)) % 2**64
-    return Sums(nats_, [int(n) for n in bytes_], elapsed, stops > 0, round(written), digest, trouble)
+    targets, predicted, *bytes_ = (int(n) for n in counted)
+    return Sums(nats_, targets, predicted, bytes_, elapsed, stops > 0, round(written), digest, trouble)
 
 
 def _stop_if_told_so(settings: Config, progress: Progress, trouble: str) -> None:

@@ -10,7 +10,8 @@ Legend (the names in the code, and the paper's):
   s          stage, coarse to fine: 0 is the paper's global model, the last stage its local model
   P_s        ``patch_size``: bytes that make one position of stage s; P_last = 1; P_0 is the paper's P
   D_s        ``d_model``: width of stage s; D_0 is the paper's P * D_G, D_last its D_L
-  d_s        D_s / P_s: width per byte; d_0 is the paper's D_G
+  d_s        D_s // P_s: width per byte; d_0 is the paper's D_G. Where P_s does not divide D_s, the features that are
+             left over are zero at the input, and a parent's slices are D_{s-1} // R_s wide
   R_s        P_{s-1} / P_s: positions of stage s within one position of stage s-1 (s >= 1)
   k          position of stage 0 (a patch); r: position of stage s >= 1 within its parent position
   g_s        output of stage s's transformer (after its final norm where it has one): g_0 is g_out, g_last is l_out
@@ -32,9 +33,18 @@ per head QK norm, then rotary. Every matrix is stored (out, in) and is applied a
 Documents (``isolate_documents``; not the paper's): id 256 ends a document, the next one begins with the next patch. A
 byte is predicted from its own document alone, t counted from the document's start: ``own_document``, nothing else.
 
+The paper's extensions (section 2.3) and ablations, with what it leaves open as mbtrain chooses it:
+  window       position i of stage 0 reads positions i - window + 1 to i
+  cross_patch  position i of the last stage, counted in bytes of the row, also reads the cross_patch positions before
+               the first of its parent, in every layer; then its rotary positions are those of the row
+  conv         widths w: before Epos_0 is added, h[t] += sum over j < w of K[:, :, j] a[t - (w - 1) + j] (+ bias) for
+               each w in turn, a = h at the first, relu(h) afterwards, 0 before the row; K is (d_0, d_0, w)
+  without      "local": logits from norm(w_s g_{s-1}[slice]) alone; "global": no stage 0, nothing of it in (4)
+
 Parameters (numpy float64; an absent one is None):
   params["stages"][s] = {"embed": (V, d_s), "pos": (seq_len, d_0) for s = 0, (R_s, D_s) for s >= 1, "pad": (D_s,),
-                         "project": (D_s, D_{s-1} / R_s), None for s = 0, "blocks": [block, ...], "final_norm": norm}
+                         "project": (D_s, D_{s-1} / R_s), None for s = 0, "blocks": [block, ...], "final_norm": norm,
+                         "conv": [{"weight": (d_0, d_0 w), "bias": (d_0,)}, ...] for s = 0}
   block = {"norm1": norm, "qkv": (3 D, D), "qkv_bias": (3 D,), "out": (D, D), "out_bias": (D,),
            "norm2": norm, "up": (U, D), "up_bias": (U,), "down": (D, d_ff), "down_bias": (D,)}
            U = d_ff, and 2 d_ff for swiglu: the first d_ff rows are the gate
@@ -95,6 +105,10 @@ class Spec:
     final_norm: bool | tuple[bool, ...] = True
     output_mult: float = 1.0
     isolate_documents: bool = False
+    window: int | None = None
+    cross_patch: int = 0
+    conv: tuple[int, ...] = ()
+    without: str = "none"
 
     def __post_init__(self) -> None:
         n = len(self.stages)
@@ -114,17 +128,22 @@ class Spec:
         assert self.activation in ACTIVATIONS
         assert set(self.positions) <= set(POSITIONS)
         for s, stage in enumerate(self.stages):
-            assert stage.d_model % stage.patch_size == 0, f"stage {s}: D_s must be a multiple of P_s"
             assert stage.d_model % stage.n_heads == 0, f"stage {s}: D_s must be a multiple of n_heads"
             assert self.positions[s] != "rotary" or stage.d_head % 2 == 0, f"stage {s}: rotary needs an even d_head"
             assert not self.token_shift[s] or stage.d_model % 2 == 0, f"stage {s}: token shift needs an even D_s"
             if s > 0:
                 assert self.stages[s - 1].patch_size % stage.patch_size == 0, f"stage {s}: P_(s-1) / P_s not whole"
-                assert self.stages[s - 1].d_model % self.ratio(s) == 0, f"stage {s}: D_(s-1) / R_s not whole"
 
     def ratio(self, s: int) -> int:
         """R_s: positions of stage s within one position of stage s-1."""
         return self.stages[s - 1].patch_size // self.stages[s].patch_size
+
+    def crosses(self, s: int) -> bool:
+        """Whether stage s reads positions of the parent before."""
+        return self.cross_patch > 0 and s == len(self.stages) - 1
+
+    def rotary(self, s: int) -> bool:
+        return self.positions[s] == "rotary" or self.crosses(s)
 
 
 # ---------------------------------------------------------------------------------------------- one vector at a time
@@ -211,8 +230,10 @@ def shift_half(ys: list[np.ndarray]) -> list[np.ndarray]:
     return result
 
 
-def attention(ys: list[np.ndarray], block: Params, spec: Spec, s: int) -> list[np.ndarray]:
-    """Causal multi-head attention: position i reads positions 0 to i of its own sequence."""
+def attention(
+    ys: list[np.ndarray], block: Params, spec: Spec, s: int, first: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """Causal multi-head attention: position i reads positions first[i] (0 if not given) to i of its own sequence."""
     stage = spec.stages[s]
     d, d_head = stage.d_model, stage.d_head
     qkv = [affine(block["qkv"], block["qkv_bias"], y) for y in ys]
@@ -222,7 +243,7 @@ def attention(ys: list[np.ndarray], block: Params, spec: Spec, s: int) -> list[n
         part = qkv[i][start : start + d_head]
         if which < 2 and spec.qk_norm:
             part = rms_normalise(part - part.mean())  # LayerNorm without gain
-        if which < 2 and spec.positions[s] == "rotary":
+        if which < 2 and spec.rotary(s):
             part = rotate(part, i)
         return part
 
@@ -232,20 +253,23 @@ def attention(ys: list[np.ndarray], block: Params, spec: Spec, s: int) -> list[n
         k = [head_part(i, 1, head) for i in range(len(ys))]
         v = [head_part(i, 2, head) for i in range(len(ys))]
         for i in range(len(ys)):
-            weights = softmax([float(q[i] @ k[j]) / math.sqrt(d_head) for j in range(i + 1)])
-            for j in range(i + 1):
-                joined[i][head * d_head : (head + 1) * d_head] += weights[j] * v[j]
+            read = range(0 if first is None else first[i], i + 1)
+            weights = softmax([float(q[i] @ k[j]) / math.sqrt(d_head) for j in read])
+            for weight, j in zip(weights, read, strict=True):
+                joined[i][head * d_head : (head + 1) * d_head] += weight * v[j]
     return [affine(block["out"], block["out_bias"], z) for z in joined]
 
 
-def transformer(inputs: list[np.ndarray], p: Params, spec: Spec, s: int) -> list[np.ndarray]:
-    """Equations 3 and 5: stage s's causal transformer over one sequence of its inputs."""
+def transformer(
+    inputs: list[np.ndarray], p: Params, spec: Spec, s: int, first: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """Equations 3 and 5: stage s's causal transformer over one sequence of its inputs; `first` as in attention."""
     ys = list(inputs)
     for block in p["blocks"]:
         normed = [norm(y, block["norm1"], spec.norm) for y in ys]
         if spec.token_shift[s]:
             normed = shift_half(normed)
-        ys = [y + a for y, a in zip(ys, attention(normed, block, spec, s), strict=True)]
+        ys = [y + a for y, a in zip(ys, attention(normed, block, spec, s, first), strict=True)]
         normed = [norm(y, block["norm2"], spec.norm) for y in ys]
         if spec.token_shift[s]:
             normed = shift_half(normed)
@@ -260,8 +284,30 @@ def transformer(inputs: list[np.ndarray], p: Params, spec: Spec, s: int) -> list
 
 def byte_embedding(t: int, prefix: Sequence[int], p: Params, spec: Spec) -> np.ndarray:
     """Equation 1."""
-    h = p["embed"][int(prefix[t])]
+    h = convolved(t, prefix, p, spec, len(spec.conv))
     return h + p["pos"][t] if spec.positions[0] == "learned" else h
+
+
+def convolved(t: int, prefix: Sequence[int], p: Params, spec: Spec, layers: int) -> np.ndarray:
+    """Byte t's embedding after so many convolutions."""
+    if layers == 0:
+        return p["embed"][int(prefix[t])]
+    width, layer = spec.conv[layers - 1], p["conv"][layers - 1]
+    h = convolved(t, prefix, p, spec, layers - 1)
+    kernel = layer["weight"].reshape(len(h), len(h), width)
+    total = h if layer["bias"] is None else h + layer["bias"]
+    for j in range(width):
+        at = t - (width - 1) + j
+        if at >= 0:
+            a = convolved(at, prefix, p, spec, layers - 1)
+            total = total + kernel[:, :, j] @ (a if layers == 1 else np.maximum(a, 0.0))
+    return total
+
+
+def concatenated(parts: list[np.ndarray], width: int) -> np.ndarray:
+    """Bytes end to end, zeros for what is left over of the width."""
+    joined = np.concatenate(parts)
+    return np.concatenate([joined, np.zeros(width - len(joined))])
 
 
 def stage_zero_input(k: int, prefix: Sequence[int], p: Params, spec: Spec) -> np.ndarray:
@@ -269,21 +315,28 @@ def stage_zero_input(k: int, prefix: Sequence[int], p: Params, spec: Spec) -> np
     if k == 0:
         return p["pad"]
     size = spec.stages[0].patch_size
-    return np.concatenate([byte_embedding(t, prefix, p, spec) for t in range((k - 1) * size, k * size)])
+    parts = [byte_embedding(t, prefix, p, spec) for t in range((k - 1) * size, k * size)]
+    return concatenated(parts, spec.stages[0].d_model)
 
 
 def later_stage_input(
-    r: int, start: int, parent: np.ndarray, prefix: Sequence[int], p: Params, spec: Spec, s: int
+    r: int, start: int, parent: np.ndarray | None, prefix: Sequence[int], p: Params, spec: Spec, s: int
 ) -> np.ndarray:
     """Equation 4: slot r of stage s within the parent position that begins at byte `start` and has output `parent`."""
     if r == 0:
         own = p["pad"]
     else:
         size = spec.stages[s].patch_size
-        own = np.concatenate([p["embed"][int(prefix[t])] for t in range(start + (r - 1) * size, start + r * size)])
-    width = len(parent) // spec.ratio(s)
-    result = own + p["project"] @ parent[r * width : (r + 1) * width]
+        parts = [p["embed"][int(prefix[t])] for t in range(start + (r - 1) * size, start + r * size)]
+        own = concatenated(parts, spec.stages[s].d_model)
+    result = own if parent is None else own + handed_on(r, parent, p, spec, s)
     return result + p["pos"][r] if spec.positions[s] == "learned" else result
+
+
+def handed_on(r: int, parent: np.ndarray, p: Params, spec: Spec, s: int) -> np.ndarray:
+    """Slot r's slice of its parent's output, through w_s."""
+    width = len(parent) // spec.ratio(s)
+    return p["project"] @ parent[r * width : (r + 1) * width]
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -303,21 +356,36 @@ def next_logits(prefix: Sequence[int], params: Params, spec: Spec) -> np.ndarray
     """The logits (V,) of byte t = len(prefix), from the bytes before it."""
     if spec.isolate_documents:
         prefix = own_document(prefix, spec)
-    t = len(prefix)
-    g: np.ndarray | None = None  # the output of the stage above, at the position that holds byte t
-    start = 0  # the first byte of that position
-    for s, stage in enumerate(spec.stages):
-        p = params["stages"][s]
-        last = (t - start) // stage.patch_size  # the position of stage s, within its parent, that holds byte t
-        if s == 0:
-            inputs = [stage_zero_input(k, prefix, p, spec) for k in range(last + 1)]
-        else:
-            inputs = [later_stage_input(r, start, g, prefix, p, spec, s) for r in range(last + 1)]
-        g = transformer(inputs, p, spec, s)[last]
-        start += last * stage.patch_size
-    assert start == t
+    g = output(prefix, params, spec, len(spec.stages) - 1)
     table = params["stages"][-1]["embed"] if spec.tied else params["unembed"]
     return spec.output_mult * np.array([table[v] @ g for v in range(spec.vocab)])  # equation 6
+
+
+def output(prefix: Sequence[int], params: Params, spec: Spec, s: int) -> np.ndarray | None:
+    """g_s at the position that holds byte t = len(prefix), from the bytes before it; None where there is no stage s."""
+    t, stage, p = len(prefix), spec.stages[s], params["stages"][s]
+    if s == 0 and spec.without == "global":
+        return None
+    if s == 0:
+        k = t // stage.patch_size
+        first = None if spec.window is None else [max(0, i + 1 - spec.window) for i in range(k + 1)]
+        return transformer([stage_zero_input(i, prefix, p, spec) for i in range(k + 1)], p, spec, s, first)[-1]
+    size = spec.stages[s - 1].patch_size  # of the parent
+    here = t // size
+    if spec.without == "local":
+        parent = output(prefix[: here * size], params, spec, s - 1)
+        result = handed_on((t - here * size) // stage.patch_size, parent, p, spec, s)
+        return norm(result, p["final_norm"], spec.norm) if spec.final_norm[s] else result
+    inputs: list[np.ndarray] = []
+    first = []
+    for q in range(0 if spec.crosses(s) else here, here + 1):  # what the present parent reads of earlier ones: all
+        start = q * size
+        parent = output(prefix[:start], params, spec, s - 1)
+        first_slot = len(inputs)
+        for r in range(min(spec.ratio(s), (t - start) // stage.patch_size + 1)):
+            inputs.append(later_stage_input(r, start, parent, prefix, p, spec, s))
+            first.append(max(0, first_slot - spec.cross_patch) if spec.crosses(s) else 0)
+    return transformer(inputs, p, spec, s, first)[-1]
 
 
 def logits(x: Sequence[int], params: Params, spec: Spec) -> np.ndarray:
@@ -374,6 +442,7 @@ def random_params(spec: Spec, seq_len: int, seed: int) -> Params:
                 "project": project,
                 "blocks": [block_params(stage) for _ in range(stage.n_layers)],
                 "final_norm": norm_params(stage.d_model) if spec.final_norm[s] else None,
+                "conv": [],
             }
         )
     return {"stages": stages, "unembed": None if spec.tied else 0.5 * matrix(spec.vocab, spec.stages[-1].d_model)}

@@ -85,7 +85,12 @@ def at(settings_: Any, dotted: str) -> Any:
         ("model.block.dropout", 1, "less than 1"),
         ("model.block.norm", "batchnorm", "'layernorm' or 'rmsnorm'"),
         ("model.preset", "newest", "'paper' or 'modern'"),
-        ("model.kind", "transformer", "'megabyte'"),
+        ("model.kind", "rnn", "'megabyte', 'transformer', 'perceiver_ar' or 'subword'"),
+        ("model.patching", "entropy", "'fixed' or 'space'"),
+        ("model.cross_patch", -1, "greater than or equal to 0"),
+        ("model.cross_patch", 5, "at most 4, the patch's positions"),
+        ("model.latents", 8, "None for all others"),
+        ("model.stages.1.window", 8, "None: finer stages"),
         ("data.seq_len", 30, "a multiple of model.stages.0.patch_size = 4"),
         ("data.path", 7, "a valid string"),
         ("data.check", "none", "'auto', 'size' or 'full'"),
@@ -113,17 +118,44 @@ def test_a_wrong_value_is_one_line_with_path_value_and_allowed(dotted: str, valu
     assert expected in line
 
 
+ONE = {"stages": tiny.STAGES[1]}
+
+
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas.1: got 1.0, expected less than 1"),
         (
-            {"model": {"stages": [{**tiny.STAGES[2][0], "patch_size": 3}, tiny.STAGES[2][1]]}},
-            "model.stages.0.d_model: got 32, expected a multiple of patch_size = 3 (bytes are embedded",
+            {
+                "model": {"stages": [{**tiny.STAGES[2][0], "patch_size": 64}, tiny.STAGES[2][1]]},
+                "data": {"seq_len": 64},
+            },
+            "model.stages.0.d_model: got 32, expected at least patch_size = 64 (bytes are embedded",
         ),
         (
-            {"model": {"stages": [{**tiny.STAGES[3][0], "patch_size": 9}, *tiny.STAGES[3][1:]]}},
-            "model.stages.0.d_model: got 32, expected a multiple of patch_size = 9",
+            {"model": {"kind": "transformer"}},
+            "model.stages: got 2 of them, expected one, of patch_size 1, for model.kind=transformer",
+        ),
+        ({"model": {**ONE, "kind": "perceiver_ar"}}, "model.latents: got None, expected a number for"),
+        ({"model": {**ONE, "kind": "perceiver_ar", "latents": 5}}, "model.latents: got 5, expected an even number"),
+        ({"model": {**ONE, "kind": "perceiver_ar", "latents": 24}}, "data.seq_len: got 32, expected a multiple of"),
+        ({"model": {**ONE, "kind": "perceiver_ar", "latents": 64}}, "data.seq_len: got 32, expected a multiple of"),
+        (
+            {"model": {**ONE, "kind": "subword"}},
+            "model.vocabulary, model.vocabulary_size: got None, None, expected both",
+        ),
+        (
+            {"model": {**ONE, "cross_patch": 1}},
+            "model.cross_patch: got 1, expected it only with model.kind=megabyte",
+        ),
+        ({"model": {"without": "local", "cross_patch": 1}}, "model.cross_patch: got 1, expected 0 with"),
+        ({"model": {"without": "global", "conv_encoder": [3]}}, "model.conv_encoder: got [3], expected none with"),
+        ({"model": {"patching": "space", "conv_encoder": [3]}}, "model.patching: got space, expected fixed"),
+        ({"model": {"cross_patch": 1, "isolate_documents": True}}, "model.isolate_documents: got True, expected false"),
+        ({"model": {"cross_patch": 1, "block": {"token_shift": True}}}, "model.block.token_shift: got True"),
+        (
+            {"model": {"cross_patch": 1}, "train": {"sequence_parallel": 2}},
+            "train.sequence_parallel: got 2, expected 1",
         ),
         (
             {"model": {"stages": [{**tiny.STAGES[3][0], "patch_size": 8}, *tiny.STAGES[3][:0:-1]]}},

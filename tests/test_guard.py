@@ -33,6 +33,12 @@ def test_a_loss_far_above_the_last_ones_is_a_spike() -> None:
     assert guard.spike(LOOKING, recent, 0.0) is None, "a fall is none"
 
 
+def test_a_step_without_targets_has_no_loss_to_look_at() -> None:
+    recent = [1.0, 1.2, 0.8, 1.0]
+    assert guard.spike(LOOKING, recent, float("nan")) is None
+    assert guard.remembered(LOOKING, recent, float("nan")) == recent
+
+
 def test_nothing_is_a_spike_without_the_setting_or_before_half_a_window() -> None:
     assert guard.spike(GuardConfig(), [1.0] * 64, 1e9) is None
     assert guard.spike(LOOKING, [1.0] * 3, 1e9) is None

@@ -14,6 +14,7 @@ from mbtrain.checkpoint import Progress
 from mbtrain.config import Config
 from mbtrain.data.mixture import Mixture
 from mbtrain.errors import ConfigError
+from mbtrain.model.flops import count
 from mbtrain.session import Session
 from tests import tiny
 
@@ -51,7 +52,8 @@ def test_data_that_ends_is_the_last_step_or_an_error() -> None:
 
     def last(settings: Config, end: int | None, step: int = 0, rows: int = 0) -> int | None:
         mixed = cast(Mixture, SimpleNamespace(end=end))
-        return session.last_step(settings, mixed, Progress(step=step, position=rows * settings.data.seq_len))
+        where = Progress(step=step, position=rows * settings.data.seq_len)
+        return session.last_step(settings, mixed, where, count(settings).training_per_byte)
 
     assert last(asks, None) == last(asks, 40) == 10
     assert last(unlimited, None) is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from mbtrain.config import Config
 from mbtrain.model import Model, build
 from mbtrain.model.layers import Transformer
 from mbtrain.model.loss import nats
+from mbtrain.model.megabyte import Megabyte
 
 
 def handlers(settings: Config) -> Handlers:
@@ -35,7 +36,7 @@ def handlers(settings: Config) -> Handlers:
         [model] = made
         torch.manual_seed(0)
         ids = torch.randint(0, 256, (1, t))
-        return nats(model(ids), ids[:, model.part.columns(t)]) / t
+        return nats(model(ids), ids[:, cast(Megabyte, model).part.columns(t)]) / t
 
     def join() -> dict[str, Any]:
         """Meet the other ranks; make the model and, by a short row, its gradients and what else is made once."""

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mbtrain import vocab
 from mbtrain.config import Config, SourceConfig
 from mbtrain.data.rows import Stream
 from mbtrain.errors import ConfigError, DataError
@@ -115,4 +116,5 @@ def _stream(settings: Config, split: Split, seed: int | None) -> Stream:
         seed=seed,
         align={"packed": 1, "aligned": patches[0], "sample": data.seq_len}[rows],
         patches=patches if scanned else None,
+        filling=vocab.FILLING if settings.model.kind == "subword" else 0,
     )

@@ -14,13 +14,13 @@ from typing import Literal
 from mbtrain.config import Config, batch_shape
 from mbtrain.errors import ConfigError
 from mbtrain.log import size
-from mbtrain.model.flops import count
+from mbtrain.model.flops import SPACE_CHUNK, WINDOW_CHUNK, by_content, count
 
 Device = Literal["cpu", "cuda"]
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
 FETCHED = 1_000_000_000  # its stage3_max_live_parameters
-PLAIN_ATTENTION_MAX_T = 512  # of layers.py, which is not imported here: it brings torch
+PLAIN_ATTENTION_MAX_T, PLAIN_WINDOW_MAX_T = 512, 2048  # of layers.py, which is not imported here: it brings torch
 # A process without a model: on CPU 0.27 GB with torch and DeepSpeed, and 0.13 GB that ZeRO's start adds, as measured;
 # beside a GPU its driver's and NCCL's part as well, which is a guess.
 PROCESS_BYTES = {"cpu": 400_000_000, "cuda": 3_000_000_000}
@@ -98,32 +98,86 @@ def checkpoint_bytes(settings: Config, last_step: int | None) -> int:
     return 12 * count(settings).parameters * (keep.keep_last + 1 + for_good)
 
 
-def activations(settings: Config, micro: int, device: Device, precision: str | None = None) -> tuple[float, float]:
+def activations(
+    settings: Config, micro: int, device: Device, precision: str | None = None, *, unit_bytes: float | None = None
+) -> tuple[float, float]:
     """(what the forward pass of `micro` rows leaves for the backward pass on one rank, the largest tensors beside it).
 
-    The copies of the weights that autocast makes are not counted here.
+    The copies of the weights that autocast makes are not counted here. unit_bytes: as in flops.count.
     """
     precision = precision or settings.train.precision
     model, rows, parts = settings.model, settings.data.seq_len * micro, settings.train.sequence_parallel
     again = settings.train.activation_checkpointing
-    wide = 2 if precision in ("bf16", "fp16") else 4  # of the residual stream
-    held, beside = 0.0, 0.0
+    e, wide = 4 if precision == "fp32" else 2, 2 if precision in ("bf16", "fp16") else 4  # products, residual stream
+    unit = count(settings, unit_bytes=unit_bytes).unit_bytes or 1.0
+    held, beside, positions = 0.0, 0.0, 0.0
     for i, stage in enumerate(model.stages):
-        positions = rows / stage.patch_size
-        length = (model.stages[i - 1].patch_size if i else settings.data.seq_len) // stage.patch_size
-        apart = model.isolate_documents and i == 0
-        block = positions * _block(settings, i, length, device, precision, apart)
-        held += stage.n_layers * (positions * stage.d_model * wide if again else block)
-        held += positions * stage.d_model * wide * (2 if model.final_norm else 1)
-        if apart:  # the mask, once for all layers; ranks that share a row all have it whole
-            held += positions * length * parts
-        inside = max(2 * stage.n_heads * length * wide if _plain(device, length) else 0, stage.ff_width * wide)
+        if model.without == "global" and i == 0:
+            continue
+        look = _looking(settings, i, micro, unit)
+        positions, d = look.positions, stage.d_model
+        held += positions * d * wide * (2 if model.final_norm else 1)
+        if model.without == "local" and i:  # no blocks
+            continue
+        block = positions * _block(settings, i, look, device, precision)
+        held += stage.n_layers * (positions * d * wide if again else block)
+        if model.latents is not None:  # layer 1 reads the row up to the end of its span: inputs, keys and values
+            whole = _Look(positions, settings.data.seq_len)
+            more = (2 if model.block.qk_norm else 1) * wide + 3 * e
+            first = positions * _block(settings, i, whole, device, precision) + (rows - positions) * d * more
+            held += (rows - positions) * d * wide if again else first - block
+        made = stage.n_layers if look.each_layer else 1
+        held += made * look.masks * positions * look.keys * parts  # ranks that share a row all have it whole
+        if i == 0 and model.conv_encoder:
+            held += rows * stage.d_byte * wide * 2 * len(model.conv_encoder)
+        inside = max(
+            2 * stage.n_heads * look.keys * wide if _plain(device, look, precision) else 0, stage.ff_width * wide
+        )
         beside = max(beside, positions * inside + (block if again else 0))
-    logits = rows * settings.vocab_size
+    predicted = positions * (model.vocabulary_size or settings.vocab_size)
     # Log-probabilities in fp32 are kept; as the backward pass begins, their gradient in fp32, and cast, stands beside.
-    held += 4 * logits
-    beside = max(beside, logits * (4 if precision == "fp32" else 8))
+    held += 4 * predicted
+    beside = max(beside, predicted * (4 if precision == "fp32" else 8))
     return held / parts, beside / parts
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How the attention of a stage works in a micro-batch.
+
+    positions   of the stage, in all rows;  keys: how many each of them is multiplied with
+    copies      how often keys and values are kept: chunks that look at what is before them have them twice
+    masks       bytes of the mask for each pair of position and key: 0 where plain causality is known without one
+    each_layer  makes the mask anew
+    """
+
+    positions: float
+    keys: float
+    copies: float = 1.0
+    masks: float = 0.0
+    each_layer: bool = False
+
+
+def _looking(settings: Config, index: int, micro: int, unit: float) -> _Look:
+    model, stage, seq_len = settings.model, settings.model.stages[index], settings.data.seq_len
+    if model.latents is not None:
+        return _Look(micro * model.latents, model.latents)
+    if index == 0:
+        length = seq_len / (unit if by_content(model) else stage.patch_size)
+        if stage.window is None or length <= stage.window:
+            return _Look(micro * length, length, masks=float(model.isolate_documents))
+        # The rows of a micro-batch share the mask.
+        chunk = min(stage.window, WINDOW_CHUNK)
+        keys = stage.window + chunk
+        return _Look(micro * length, keys, copies=keys / chunk, masks=1 / micro, each_layer=True)
+    slots = model.stages[index - 1].patch_size // stage.patch_size
+    before = model.cross_patch if index + 1 == len(model.stages) else 0
+    if model.patching == "space":
+        back = slots - 1 + before
+        chunk = max(SPACE_CHUNK, back)
+        return _Look(micro * seq_len, back + chunk, copies=(back + chunk) / chunk, masks=1.0)
+    masks = float(before > 0)
+    return _Look(micro * seq_len / stage.patch_size, slots + before, copies=(slots + before) / slots, masks=masks)
 
 
 def remedy(settings: Config, ranks: int, device: Device, free: float) -> str:
@@ -157,29 +211,32 @@ def _with(settings: Config, **train: object) -> Config:
     return settings.model_copy(update={"train": settings.train.model_copy(update=train)})
 
 
-def _plain(device: Device, length: int) -> bool:
-    return device == "cpu" and length <= PLAIN_ATTENTION_MAX_T
+def _plain(device: Device, look: _Look, precision: str) -> bool:
+    """Whether attention is plain products, which keep all weights."""
+    window = look.each_layer and precision in ("bf16", "autocast")
+    return device == "cpu" and look.keys <= (PLAIN_WINDOW_MAX_T if window else PLAIN_ATTENTION_MAX_T)
 
 
-def _block(settings: Config, index: int, length: int, device: Device, precision: str, apart: bool) -> float:
+def _block(settings: Config, index: int, look: _Look, device: Device, precision: str) -> float:
     """Bytes that a block of a stage keeps for each position, as layers.py computes it."""
     model, stage = settings.model, settings.model.stages[index]
     block, d, h, f = model.block, stage.d_model, stage.n_heads, stage.ff_width
     e = 4 if precision == "fp32" else 2  # of what goes into matrix products
     r = 2 if precision in ("bf16", "fp16") else 4  # of the residual stream and of norms
-    kept = 2 * d * (r + e) + 2 * 8  # inputs of both norms, what they give to products; means and deviations
+    kept: float = 2 * d * (r + e) + 2 * 8  # inputs of both norms, what they give to products; means and deviations
     kept += {"relu": f, "relu2": 2 * f, "gelu": 2 * f, "silu": 2 * f, "swiglu": 4 * f}[block.activation] * e
-    kept += 4 * d * e  # queries, keys, values, and what attention gives
+    copies = look.copies if _plain(device, look, precision) else 1  # torch's kernels keep views
+    kept += (2 + 2 * copies) * d * e  # queries and what attention gives, keys and values
     if block.qk_norm:
         kept += 2 * d * r + 2 * h * 8
     if block.dropout:
         kept += 2 * d * (1 if device == "cuda" else r)
-    if _plain(device, length):
-        kept += h * length * (3 * e if block.dropout else e)  # weights; which were dropped; those left
+    if _plain(device, look, precision):
+        kept += h * look.keys * (3 * e if block.dropout else e)  # weights; which were dropped; those left
     elif block.dropout and device == "cpu":
-        kept += h * length * 12  # torch's kernel for CPUs knows no dropout: plain products in fp32
+        kept += h * look.keys * 12  # torch's kernel for CPUs knows no dropout: plain products in fp32
     else:
         moved = block.qk_norm or (model.positions if index == 0 else model.local_positions) == "rotary"
         kept += 2 * d * e if moved else 0  # values are a view, which keeps queries and keys as they were, too
-        kept += length * e if apart else 0  # the mask as numbers
+        kept += look.keys * e * look.masks  # the mask as numbers
     return kept

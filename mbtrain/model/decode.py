@@ -8,21 +8,37 @@ stage moves on; nothing else ever is. A long prompt goes through the model's own
 goes through `one_more`, the same arithmetic on tensors that were looked up once: for so little work, looking them up
 through modules and reshaping for long rows takes longer than the work. Tests hold both to the full forward pass.
 
+With cross-patch attention the last stage keeps the last r positions of the patch before when the coarser stage moves
+on. A patch that was not run position by position (a prompt) is run when the next one needs it: of those before the
+present patch, one for each layer, further back no layer looks.
+
 Where the model keeps documents apart, a boundary may come anywhere, in every row at its own place; the patch after it
 starts a document, as in the full forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbtrain.model.layers import NORM_EPS, Block, LayerCache, Norm, activate, rotary_angles, rotate, same_document
-from mbtrain.model.megabyte import Megabyte, Stage, document_starts
+from mbtrain.model.layers import (
+    NORM_EPS,
+    Block,
+    LayerCache,
+    Norm,
+    activate,
+    document_starts,
+    rotary_angles,
+    rotate,
+    same_document,
+)
+
+if TYPE_CHECKING:
+    from mbtrain.model.megabyte import Megabyte, Slices, Stage
 
 Angles = tuple[Tensor, Tensor]
 OneMore = Callable[[Tensor, LayerCache, Angles | None, Tensor | None, Tensor | None], Tensor]
@@ -38,7 +54,7 @@ def one_more(block: Block) -> OneMore:
     heads, width, qk_norm = attn.n_heads, attn.d_head, attn.qk_norm
     attn_norm, ffn_norm = _norm(block.attn_norm), _norm(block.ffn_norm)
     qkv, out, up, down = ((m.weight, m.bias) for m in (attn.qkv, attn.out, ffn.up, ffn.down))
-    token_shift, activation = block.token_shift, ffn.activation
+    token_shift, activation, window = block.token_shift, ffn.activation, attn.window
 
     def step(x: Tensor, cache: LayerCache, angles: Angles | None, starts: Tensor | None, mask: Tensor | None) -> Tensor:
         normed = attn_norm(x)
@@ -54,7 +70,8 @@ def one_more(block: Block) -> OneMore:
         n = cache.used
         cache.keys.select(2, n).copy_(k)
         cache.values.select(2, n).copy_(qkv_.select(1, 2))
-        keys, values = cache.keys.narrow(2, 0, n + 1), cache.values.narrow(2, 0, n + 1)
+        first = 0 if window is None else max(n + 1 - window, 0)
+        keys, values = cache.keys.narrow(2, first, n + 1 - first), cache.values.narrow(2, first, n + 1 - first)
         mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask)
         x = x + F.linear(mixed.reshape(x.shape), *out)
         normed = ffn_norm(x)
@@ -89,14 +106,17 @@ class Decoder:
 
     def __init__(self, model: Megabyte, batch: int):
         self.model = model
-        self.stages = [cast(Stage, stage) for stage in model.stages]
-        self.patch = self.stages[0].patch_size
+        without_local = model.config.without == "local"
+        self.slices = cast("Slices", model.stages[-1]) if without_local else None
+        self.stages = [cast("Stage", stage) for stage in model.stages][: -1 if without_local else None]
+        self.patch = model.patch_size
+        self.cross_patch = model.config.cross_patch
         weight = self.stages[0].pad
         self.ids = torch.zeros((batch, model.seq_len), dtype=torch.int64, device=weight.device)
         self.n = 0
         self.caches: list[list[LayerCache]] = []
         for stage in self.stages:
-            room = stage.slots or model.seq_len // self.patch + 1
+            room = stage.slots + stage.transformer.cross_patch or model.seq_len // self.patch + 1
             self.caches.append(stage.transformer.new_caches(batch, room, weight.detach()))
         self.steps = [[one_more(cast(Block, block)) for block in stage.transformer.blocks] for stage in self.stages]
         self.angles = [
@@ -114,29 +134,54 @@ class Decoder:
             ids = ids[:, ids.shape[1] - kept :]
             self._forget()
         self.ids[:, self.n : self.n + ids.shape[1]] = ids
-        self.n += ids.shape[1]
+        before, self.n = self.n, self.n + ids.shape[1]
+        if self.cross_patch:
+            end = self.n
+            for stop in self._whole_patches(before, end):
+                self.n = stop
+                self._advance_all()
+            self.n = end
+        return self.model.logits(self._advance_all())
+
+    def _whole_patches(self, before: int, end: int) -> Iterator[int]:
+        """Where the last stage must have been, on the way from byte `before` to `end`: the last bytes of patches."""
+        stage = self.stages[-1]
+        size = stage.slots * stage.patch_size
+        first = max(before // size, end // size - len(stage.transformer.blocks))
+        yield from range((first + 1) * size - 1, end // size * size, size)
+
+    def _advance_all(self) -> Tensor:
+        """Bring all stages to byte n; returns the last one's output there, (b, d)."""
         parent: Tensor | None = None
         for s, stage in enumerate(self.stages):
             parent = self._advance(s, stage, parent)
         assert parent is not None
-        return self.model.logits(parent)
+        if self.slices is None:
+            return parent
+        width = parent.shape[-1] // self.slices.slots
+        return self.slices.read(parent.narrow(-1, self.n % self.slices.slots * width, width))
 
     def _advance(self, s: int, stage: Stage, parent: Tensor | None) -> Tensor:
         """Bring one stage to the position that predicts byte n; returns its output there, (b, d)."""
-        span = self.stages[s - 1].patch_size if s else self.model.seq_len + 1
+        span = stage.slots * stage.patch_size or self.model.seq_len + 1
         start = self.n // span * span  # first byte inside the coarser stage's current position
         caches = self.caches[s]
         if start != self.parents[s]:
+            r = stage.transformer.cross_patch
+            whole = r > 0 and self.parents[s] >= 0 and start == self.parents[s] + span and caches[0].done == stage.slots
             self.parents[s] = start
             for cache in caches:
-                cache.reset()
-        done, need = caches[0].used, (self.n - start) // stage.patch_size + 1
+                if whole:
+                    cache.next_patch(r)
+                else:
+                    cache.reset()
+        done, need = caches[0].done, (self.n - start) // stage.patch_size + 1
         if need > done:
             starts = None
             if stage.coarsest and self.model.config.isolate_documents:
                 starts = document_starts(self.ids[:, : need * stage.patch_size], stage.patch_size)
             x = self._positions(stage, start, done, need, starts)
-            if parent is not None:
+            if not stage.coarsest:
                 x = stage.condition_slots(x, parent, done)
             one = need == done + 1
             self.outputs[s] = (
@@ -150,7 +195,7 @@ class Decoder:
         """Transformer.forward for the next position alone, (b, d)."""
         caches, table = self.caches[s], self.angles[s]
         n = caches[0].used
-        angles = None if table is None else (table[0][n], table[1][n])
+        angles = None if table is None else (table[0][caches[0].done], table[1][caches[0].done])
         mask = None if starts is None else same_document(starts, 1)
         now = None if starts is None else starts[:, -1:]
         for step, cache in zip(self.steps[s], caches, strict=True):
@@ -172,11 +217,16 @@ class Decoder:
         starts (b, need) in stage 0 where documents are kept apart: the pad stands there, too.
         """
         first = start + max(done - 1, 0) * stage.patch_size
-        ids = self.ids[:, first : start + (need - 1) * stage.patch_size]
-        h = F.embedding(ids, stage.embed)
+        last = start + (need - 1) * stage.patch_size
+        if stage.convolutions is None or first == last:
+            h = F.embedding(self.ids[:, first:last], stage.embed)
+        else:  # they look back further than this patch, but no further than their reach
+            seen = max(first - stage.convolutions.reach, 0)
+            h = stage.convolutions(F.embedding(self.ids[:, seen:last], stage.embed))[:, first - seen :]
         if stage.coarsest and stage.positions is not None and starts is None:
-            h = h + stage.positions[first : first + ids.shape[1]]
-        x = h.reshape(h.shape[0], -1, stage.pad.shape[0])
+            h = h + stage.positions[first:last]
+        x = h.reshape(h.shape[0], -1, stage.patch_size * stage.d_byte)
+        x = F.pad(x, (0, stage.left_over)) if stage.left_over else x
         if stage.coarsest and stage.positions is not None and starts is not None:
             x = x + stage.positions_from(starts)[:, max(done - 1, 0) : need - 1]
         x = x if done else torch.cat((stage.first(x), x), dim=1)

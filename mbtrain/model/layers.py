@@ -1,6 +1,7 @@
 """The parts of a transformer stage. Every parameter is given a role where it is made.
 
 Legend: b batch (any leading sequences) · t positions · d features · h heads · c features of a head · f feed-forward
+        k patches of a row · r positions in a patch · w chunks, or the width of a convolution
 
 A role says what a parameter is, so that initialisation, weight decay and learning rates are read off it and not
 off names or shapes: embedding, position, pad, hidden (matrices inside blocks), project (between stages), readout,
@@ -19,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mbtrain import vocab
 from mbtrain.config import BlockConfig, InitConfig, StageConfig
 from mbtrain.model.sequence import WHOLE, Attend, Part
 
@@ -29,6 +31,12 @@ ROTARY_BASE = 10_000.0
 # On CPU torch's flash kernel loses to plain products: forward and backward of 128 positions 6.2 ms against 1.75 ms in
 # bf16, of 512 25 against 12; at 1024 it wins in fp32 and is level in bf16 (one thread, AVX512 with bf16).
 _PLAIN_ATTENTION_MAX_T = 512
+
+# Queries of a chunk of windowed attention: each chunk looks at window + chunk keys. Forward and backward of 4096
+# positions of 4 heads with a window of 512: 177 ms with 128, 243 with 512 (fp32, one thread). With a mask in bf16 plain
+# products win further up than above: the same takes 113 ms, 240 in torch's kernel.
+_WINDOW_CHUNK = 128
+_PLAIN_WINDOW_MAX_T = 2048
 
 
 def parameter(role: str, tensor: Tensor) -> nn.Parameter:
@@ -97,7 +105,8 @@ class Linear(nn.Module):
 class LayerCache:
     """What one block keeps between calls of generation: keys and values so far, and the last normed inputs.
 
-    keys, values: (b, h, room, c), filled up to `used`; attn_last, ffn_last: (b, 1, d), for token shift.
+    keys, values: (b, h, room, c), filled up to `used`, the first `before` of them those of the patch before
+    (cross-patch attention); attn_last, ffn_last: (b, 1, d), for token shift.
     """
 
     keys: Tensor
@@ -105,12 +114,29 @@ class LayerCache:
     attn_last: Tensor
     ffn_last: Tensor
     used: int = 0
+    before: int = 0
+
+    @property
+    def done(self) -> int:
+        """Positions so far, of the present patch where the stage runs in patches."""
+        return self.used - self.before
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
-        self.used = 0
+        self.used = self.before = 0
         self.attn_last.zero_()
         self.ffn_last.zero_()
+
+    def next_patch(self, cross_patch: int) -> None:
+        """Keep the last `cross_patch` positions alone, those of a whole patch, as the patch before."""
+        kept, back = slice(self.used - cross_patch, self.used), rotary_angles(-self.done, 1, *self._head)
+        self.keys[:, :, :cross_patch] = rotate(self.keys[:, :, kept], *back)
+        self.values[:, :, :cross_patch] = self.values[:, :, kept].clone()
+        self.used = self.before = cross_patch
+
+    @property
+    def _head(self) -> tuple[int, torch.device]:
+        return self.keys.shape[-1], self.keys.device
 
 
 def rotary_angles(start: int, t: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -143,6 +169,12 @@ def shift_half(x: Tensor, before: Tensor | None = None, starts: Tensor | None = 
     return torch.cat((now, past), dim=-1)
 
 
+def document_starts(ids: Tensor, patch_size: int) -> Tensor:
+    """Which patches start a document, (b, k): the first, and each after a patch that holds a boundary; ids (b, t)."""
+    ends = rearrange(ids == vocab.BOUNDARY, "b (k p) -> b k p", p=patch_size).any(dim=-1)
+    return torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), dim=1)
+
+
 def same_document(starts: Tensor, t: int) -> Tensor:
     """Where the last t of s positions may look: (b, 1, t, s), True for earlier ones of their own document.
 
@@ -160,13 +192,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None 
     """
     t, s = q.shape[2], k.shape[2]
     if q.device.type == "cpu" and s <= _PLAIN_ATTENTION_MAX_T:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = torch.where(mask, scores, -math.inf)
-        elif t > 1:
-            scores = scores + causal_mask(t, s, scores.dtype, scores.device)
-        weights = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0)
-        return weights @ v
+        return attend_plainly(q, k, v, dropout, mask)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if t == 1:
@@ -176,21 +202,80 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(t, s, q.dtype, q.device), dropout_p=dropout)
 
 
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """`attend` in plain products, which hold all scores in memory."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = torch.where(mask, scores, -math.inf)
+    elif q.shape[2] > 1:
+        scores = scores + causal_mask(q.shape[2], k.shape[2], scores.dtype, scores.device)
+    weights = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0)
+    return weights @ v
+
+
 def causal_mask(t: int, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(t, s): 0 where the last t of s positions may look, -inf where they may not."""
     return torch.full((t, s), -math.inf, dtype=dtype, device=device).triu(s - t + 1)
 
 
+def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """As `attend`, each position looking at itself and the window - 1 before it alone.
+
+    Chunks of queries look at themselves and so many positions before: the work grows as t (window + chunk). With a mask
+    it is t x t: that of the mask.
+    """
+    t, s = q.shape[2], k.shape[2]
+    if mask is not None:
+        return attend(q, k, v, dropout, mask.triu(s - t - window + 1))
+    if s <= window:
+        return attend(q, k, v, dropout)
+    w, before = min(window, t, _WINDOW_CHUNK), min(window, s - t)
+    fill = (0, 0, 0, -t % w)
+    chunked = rearrange(F.pad(q, fill), "b h (n w) c -> (b h) n w c", w=w)
+
+    def looked_at(x: Tensor) -> Tensor:
+        x = F.pad(x[:, :, s - t - before :], (0, 0, window - before, fill[-1]))
+        return rearrange(x.unfold(2, window + w, w), "b h n c s -> (b h) n s c")
+
+    chunk, own, key = (torch.arange(n, device=q.device) for n in (chunked.shape[1], w, window + w))
+    near = (key > own[:, None]) & (key <= own[:, None] + window)
+    there = key >= window - before - w * chunk[:, None]  # not the filling before the first position
+    plainly = q.device.type == "cpu" and v.dtype == torch.bfloat16 and window + w <= _PLAIN_WINDOW_MAX_T
+    look = attend_plainly if plainly else attend
+    mixed = look(chunked, looked_at(k), looked_at(v), dropout, (near & there[:, None]).unsqueeze(0))
+    return rearrange(mixed, "(b h) n w c -> b h (n w) c", b=q.shape[0])[:, :, :t]
+
+
+def attend_across(q: Tensor, k: Tensor, v: Tensor, before: int, dropout: float, mask: Tensor) -> Tensor:
+    """Causal attention inside patches that looks at the last `before` positions of the patch before, too.
+
+    q, k, v (n, h, r, c) with n over the patches of rows, in their order; mask is `across_mask`'s. Keys are rotated by
+    their place in their own patch: those of the patch before are turned back by r places.
+    """
+    k_before, v_before = (x[:, :, -before:].roll(1, dims=0) for x in (k, v))
+    k_before = rotate(k_before, *rotary_angles(-k.shape[2], 1, k.shape[3], k.device))
+    return attend(q, torch.cat((k_before, k), dim=2), torch.cat((v_before, v), dim=2), dropout, mask)
+
+
+def across_mask(n: int, patches: int, r: int, before: int, device: torch.device) -> Tensor:
+    """Where positions of n patches, `patches` to a row, look: (n, 1, r, before + r); before a row there is nothing."""
+    mask = torch.ones((r, before + r), dtype=torch.bool, device=device).tril(before).repeat(n, 1, 1, 1)
+    mask[::patches, :, :, :before] = False
+    return mask
+
+
 class Attention(nn.Module):
     """Multi-head causal attention with one matrix for queries, keys and values; x (b, t, d) -> (b, t, d).
 
-    Where ranks share rows, x is this rank's `part` of the positions and `attend` looks at those of all ranks.
+    Where ranks share rows, x is this rank's `part` of the positions and `attend` looks at those of all ranks. With
+    cross_patch (and rotary, which it needs) b runs over patches, the mask is `across_mask`'s.
     """
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
+    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool, cross_patch: int = 0):
         super().__init__()
         d = stage.d_model
         self.n_heads, self.d_head = stage.n_heads, stage.d_head
+        self.window, self.cross_patch = stage.window, cross_patch
         self.qk_norm, self.rotary, self.dropout = block.qk_norm, rotary, block.dropout
         self.part: Part = WHOLE
         self.attend: Attend = attend
@@ -203,15 +288,22 @@ class Attention(nn.Module):
             q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
             k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
         if self.rotary:
-            start = self.part.index * x.shape[1] if cache is None else cache.used
+            start = self.part.index * x.shape[1] if cache is None else cache.done
             cos, sin = rotary_angles(start, x.shape[1], self.d_head, x.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             now = slice(cache.used, cache.used + x.shape[1])
             cache.keys[:, :, now], cache.values[:, :, now] = k, v
             k, v = cache.keys[:, :, : now.stop], cache.values[:, :, : now.stop]
-        look = self.attend if cache is None else attend  # generation is one rank's own
-        mixed = look(q, k, v, self.dropout if self.training else 0.0, mask)
+        dropout = self.dropout if self.training else 0.0
+        if self.window is not None:
+            mixed = attend_window(q, k, v, self.window, dropout, mask)
+        elif self.cross_patch and cache is None:
+            assert mask is not None
+            mixed = attend_across(q, k, v, self.cross_patch, dropout, mask)
+        else:
+            look = self.attend if cache is None else attend  # generation is one rank's own
+            mixed = look(q, k, v, dropout, mask)
         return cast(Tensor, self.out(rearrange(mixed, "b h t c -> b t (h c)")))
 
 
@@ -248,11 +340,11 @@ class Block(nn.Module):
     Where documents are kept apart, starts (b, t) and mask (b, 1, t, s) say it: see shift_half and attend.
     """
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
+    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool, cross_patch: int = 0):
         super().__init__()
         self.token_shift, self.dropout = block.token_shift, block.dropout
         self.attn_norm = Norm(stage.d_model, block)
-        self.attn = Attention(stage, block, init, rotary)
+        self.attn = Attention(stage, block, init, rotary, cross_patch)
         self.ffn_norm = Norm(stage.d_model, block)
         self.ffn = FeedForward(stage, block, init)
 
@@ -279,20 +371,40 @@ class Transformer(nn.Module):
     starts (b, s), over all positions so far, those in the caches and those of other ranks that share the row too, is
     True where a document starts: given it, no position sees another document. The price is a mask in place of the fast
     path that knows causality alone.
+
+    With cross_patch (paper, section 2.3.2) b runs over the patches of rows, `patches` to a row, and each position looks
+    in every layer at so many last positions of the patch before in its row, too; rotary positions must be on.
     """
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, *, rotary: bool, final_norm: bool):
+    def __init__(
+        self,
+        stage: StageConfig,
+        block: BlockConfig,
+        init: InitConfig,
+        *,
+        rotary: bool,
+        final_norm: bool,
+        cross_patch: int = 0,
+    ):
         super().__init__()
-        self.stage = stage
+        self.stage, self.cross_patch = stage, cross_patch
         self.checkpointing = False
-        self.blocks = nn.ModuleList(Block(stage, block, init, rotary) for _ in range(stage.n_layers))
+        self.blocks = nn.ModuleList(Block(stage, block, init, rotary, cross_patch) for _ in range(stage.n_layers))
         self.final_norm = Norm(stage.d_model, block) if final_norm else None
 
-    def forward(self, x: Tensor, caches: list[LayerCache] | None = None, starts: Tensor | None = None) -> Tensor:
-        apart: tuple[Tensor, ...] = ()
+    def forward(
+        self,
+        x: Tensor,
+        caches: list[LayerCache] | None = None,
+        starts: Tensor | None = None,
+        patches: int = 1,
+    ) -> Tensor:
+        apart: tuple[Tensor | None, ...] = ()
         if starts is not None:
             looking = starts.shape[1] if caches is None else x.shape[1]
             apart = (starts[:, -x.shape[1] :], same_document(starts, looking))
+        elif self.cross_patch and caches is None:
+            apart = (None, across_mask(x.shape[0], patches, x.shape[1], self.cross_patch, x.device))
         for i, block in enumerate(self.blocks):
             if caches is not None:
                 x = block(x, caches[i], *apart)
@@ -313,6 +425,47 @@ class Transformer(nn.Module):
             LayerCache(like.new_zeros(heads), like.new_zeros(heads), like.new_zeros(last), like.new_zeros(last))
             for _ in self.blocks
         ]
+
+
+class CausalConvolution(Linear):
+    """x (b, d, t) -> (b, o, t), of each position and the width - 1 before it; the weight is a matrix (o, d width)."""
+
+    def __init__(self, weight: nn.Parameter, bias: bool, width: int):
+        super().__init__(weight, bias)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = rearrange(self.weight, "o (d w) -> o d w", w=self.width)
+        return F.conv1d(F.pad(x, (self.width - 1, 0)), weight, self.bias)
+
+
+class CausalConvolutions(nn.Module):
+    """The paper's convolutional patch encoder (section 2.3.1): causal 1-D convolutions of bytes, x (b, t, d) -> same.
+
+    The paper gives the widths, 3, 5 and 7, and no more. Ours: all d features wide; h + conv(h), then h + conv(relu(h));
+    no norm. They begin small beside the residual path, so that the stack begins near the identity: as every matrix in
+    the truncated scheme; in fan_in N(0, 1/(width d)), and where branches are scaled, over sqrt(2 n) for n of them.
+    Before a row there are zeros.
+    """
+
+    def __init__(self, widths: tuple[int, ...], d: int, block: BlockConfig, init: InitConfig):
+        super().__init__()
+        self.widths = widths
+        scale = (2 * len(widths)) ** -0.5 if init.residual == "scaled" else 1.0
+        self.layers = nn.ModuleList(
+            CausalConvolution(matrix("hidden", d, d * w, init, scale), block.bias, w) for w in widths
+        )
+
+    @property
+    def reach(self) -> int:
+        """How many bytes before itself a byte's output depends on."""
+        return sum(width - 1 for width in self.widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = rearrange(x, "b t d -> b d t")
+        for i, layer in enumerate(self.layers):
+            h = h + layer(h if i == 0 else F.relu(h))
+        return rearrange(h, "b d t -> b t d")
 
 
 def _branch_scale(stage: StageConfig, init: InitConfig) -> float:

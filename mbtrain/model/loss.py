@@ -10,8 +10,12 @@ from torch import Tensor
 def nats(logits: Tensor, ids: Tensor) -> Tensor:
     """-ln p(ids) under logits: (b, t, v), (b, t) -> (b, t) in float32 at least (float64 stays float64).
 
+    A model of other targets than ids gives nats (b, t) itself, and they are handed on.
+
     Nothing is left out and nothing averaged here: every id, byte 0 included, has its loss; masks come later.
     """
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    if logits.ndim == 2:
+        return logits
     flat = rearrange(logits, "b t v -> (b t) v")
-    flat = flat if flat.dtype.itemsize >= 4 else flat.float()
     return F.cross_entropy(flat, rearrange(ids, "b t -> (b t)"), reduction="none").view(ids.shape)

@@ -22,6 +22,16 @@ row. The loader lays documents out so that each begins with a patch; the model f
 patch k starts a document if k = 0 or patch k - 1 holds a boundary. There eq. 2's shift brings the pad, the positions
 of eq. 1 begin again, and eq. 3 looks no further back. Finer stages run inside one patch and never see two documents.
 
+The paper's extensions and ablations, all off by default (ModelConfig says what each one is):
+
+  conv_encoder   causal convolutions over E[x_t] alone, before eq. 1 adds positions: what they make of a run of bytes
+                 is then the same wherever it stands, which is what the paper wants them for
+  cross_patch    in eq. 5 the last stage looks at the last r positions of the patch before, in every layer, rotary
+  without local  eqs. 4 to 6 are p(x_t | ..) = softmax(E_last . norm(w . slice)): a patch's bytes do not see each other
+  without global eqs. 1 to 3 are left out: of earlier patches the last stage sees what cross_patch shows it
+  widths         a width D that P does not divide: eq. 1 is D // P wide, eq. 2 leaves the features behind P (D // P)
+                 zero, and eq. 4 hands on D // (number of slices) features a slice and leaves the rest
+
 Ranks may share rows (sequence.py): each has all ids and computes the logits of its own part of the patches.
 """
 
@@ -34,16 +44,20 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mbtrain import vocab
 from mbtrain.config import ModelConfig
-from mbtrain.model.layers import Attention, Transformer, draw, matrix, parameter, table
+from mbtrain.model.decode import Decoder
+from mbtrain.model.layers import (
+    Attention,
+    CausalConvolutions,
+    Norm,
+    Transformer,
+    document_starts,
+    draw,
+    matrix,
+    parameter,
+    table,
+)
 from mbtrain.model.sequence import WHOLE, Attend, Part
-
-
-def document_starts(ids: Tensor, patch_size: int) -> Tensor:
-    """Which patches start a document, (b, k): the first, and each after a patch that holds a boundary; ids (b, t)."""
-    ends = rearrange(ids == vocab.BOUNDARY, "b (k p) -> b k p", p=patch_size).any(dim=-1)
-    return torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), dim=1)
 
 
 def places_in_documents(starts: Tensor) -> Tensor:
@@ -61,10 +75,12 @@ class Stage(nn.Module):
     def __init__(self, config: ModelConfig, index: int, vocab_size: int, seq_len: int):
         super().__init__()
         stage, init = config.stages[index], config.init
-        self.patch_size = stage.patch_size
+        self.patch_size, self.d_byte = stage.patch_size, stage.d_byte
+        self.left_over = stage.d_model - stage.patch_size * stage.d_byte
         self.coarsest = index == 0
         kind = config.positions if self.coarsest else config.local_positions
-        d_byte = stage.d_model // stage.patch_size
+        cross_patch = config.cross_patch if index == len(config.stages) - 1 else 0
+        d_byte = stage.d_byte
         self.embed = table("embedding", vocab_size, d_byte, init)
         self.pad = parameter("pad", draw((stage.d_model,), init.embed_std, init))
         if self.coarsest:
@@ -74,9 +90,27 @@ class Stage(nn.Module):
         else:
             coarser = config.stages[index - 1]
             self.slots = coarser.patch_size // stage.patch_size
-            self.project = matrix("project", stage.d_model, coarser.d_model // self.slots, init)
+            self.project = None if config.without == "global" else projection(config, index)
             self.positions = table("position", self.slots, stage.d_model, init) if kind == "learned" else None
-        self.transformer = Transformer(stage, config.block, init, rotary=kind == "rotary", final_norm=config.final_norm)
+        widths = config.conv_encoder if self.coarsest else ()
+        self.convolutions = CausalConvolutions(widths, d_byte, config.block, init) if widths else None
+        self.transformer = Transformer(
+            stage,
+            config.block,
+            init,
+            rotary=kind == "rotary" or cross_patch > 0,
+            final_norm=config.final_norm,
+            cross_patch=cross_patch,
+        )
+
+    def run(self, ids: Tensor, coarse: Tensor | None, starts: Tensor | None = None) -> Tensor:
+        """Eqs. 1 to 3, or 4 and 5: `inputs` through the transformer.
+
+        Not `forward`: this stage's own tables are used after it, too (eq. 6), and ZeRO-3 then leaves them at hand.
+        """
+        x = self.inputs(ids, coarse, starts)
+        patches = 1 if self.coarsest else x.shape[0] // ids.shape[0]
+        return cast(Tensor, self.transformer(x, starts=starts, patches=patches))
 
     def inputs(self, ids: Tensor, coarse: Tensor | None, starts: Tensor | None = None) -> Tensor:
         """Positions of this stage before its transformer (eqs. 1, 2 and 4).
@@ -100,7 +134,7 @@ class Stage(nn.Module):
             starts = (torch.arange(k, device=ids.device) == 0).unsqueeze(0)
         own = part.columns(k)
         before = F.pad(ids, (p, -p))[:, own.start * p : own.stop * p]
-        x = rearrange(F.embedding(before, self.embed), "b (k p) d -> b k (p d)", p=p)
+        x = self.joined(F.embedding(before, self.embed))
         if self.positions is not None:
             x = x + self.positions_at(F.pad(places_in_documents(starts), (1, -1))[:, own])
         return self.restart(x, starts[:, own])
@@ -109,11 +143,18 @@ class Stage(nn.Module):
         """Bytes embedded and concatenated to this stage's positions: ids (b, t) -> (b, k, d) or ((b k), r, d)."""
         h = F.embedding(ids, self.embed)
         if not self.coarsest:
-            return rearrange(h, "b (k r p) d -> (b k) r (p d)", r=self.slots, p=self.patch_size)
+            return rearrange(self.joined(h), "b (k r) d -> (b k) r d", r=self.slots)
+        if self.convolutions is not None:
+            h = self.convolutions(h)
         if self.positions is not None and starts is None:
             h = h + self.positions[: ids.shape[1]]
-        x = rearrange(h, "b (k p) d -> b k (p d)", p=self.patch_size)
+        x = self.joined(h)
         return x if self.positions is None or starts is None else x + self.positions_from(starts)
+
+    def joined(self, h: Tensor) -> Tensor:
+        """Eq. 2: bytes (b, t, d) side by side, (b, k, p d), and zeros for features that are left over."""
+        x = rearrange(h, "b (k p) d -> b k (p d)", p=self.patch_size)
+        return F.pad(x, (0, self.left_over)) if self.left_over else x
 
     def positions_from(self, starts: Tensor) -> Tensor:
         """The coarsest stage's learned positions of whole patches, (b, k, d), counted from where documents start."""
@@ -122,7 +163,7 @@ class Stage(nn.Module):
     def positions_at(self, places: Tensor) -> Tensor:
         """The coarsest stage's learned positions of whole patches by number, (b, k) -> (b, k, d)."""
         assert self.positions is not None
-        return F.embedding(places, rearrange(self.positions, "(k p) d -> k (p d)", p=self.patch_size))
+        return F.embedding(places, self.joined(self.positions.unsqueeze(0)).squeeze(0))
 
     def restart(self, x: Tensor, starts: Tensor) -> Tensor:
         """x (b, k, d) with the pad in place of the patch of another document, where starts (b, k) is True."""
@@ -134,17 +175,58 @@ class Stage(nn.Module):
 
     def condition(self, x: Tensor, coarse: Tensor | None) -> Tensor:
         """Eq. 4: add to every slot of x (n, r, d) its slice of the coarser stage's output (n, D), and its position."""
-        if coarse is None or self.project is None:
+        if self.coarsest:
             return x
-        x = x + F.linear(rearrange(coarse, "n (r d) -> n r d", r=self.slots), self.project)
+        if coarse is not None and self.project is not None:
+            x = x + F.linear(slices(coarse, self.slots), self.project)
         return x if self.positions is None else x + self.positions
 
-    def condition_slots(self, x: Tensor, coarse: Tensor, start: int) -> Tensor:
+    def condition_slots(self, x: Tensor, coarse: Tensor | None, start: int) -> Tensor:
         """As `condition`, for x (n, r, d) in slots start .. start + r alone."""
-        assert self.project is not None
-        now = slice(start, start + x.shape[1])
-        x = x + F.linear(coarse.view(coarse.shape[0], self.slots, -1)[:, now], self.project)
-        return x if self.positions is None else x + self.positions[now]
+        n, r, _ = x.shape
+        if coarse is not None and self.project is not None:
+            width = self.project.shape[1]
+            x = x + F.linear(coarse.narrow(-1, start * width, r * width).view(n, r, width), self.project)
+        return x if self.positions is None else x + self.positions[start : start + r]
+
+
+class Slices(nn.Module):
+    """The last stage of a model without local model: each byte of a patch from its slice of the coarser output alone.
+
+    It has what logits need: eq. 4's matrix, the final norm, and where eq. 6 is tied the byte embedding.
+    """
+
+    coarsest = False
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        stage = config.stages[-1]
+        self.patch_size, self.slots = stage.patch_size, config.stages[-2].patch_size // stage.patch_size
+        self.embed = table("embedding", vocab_size, stage.d_byte, config.init) if config.tied else None
+        self.project = projection(config, len(config.stages) - 1)
+        self.final_norm = Norm(stage.d_model, config.block) if config.final_norm else None
+
+    def run(self, ids: Tensor, coarse: Tensor | None) -> Tensor:
+        """The coarser stage's output (n, D) -> (n, r, d); ids are not looked at."""
+        assert coarse is not None
+        return self.read(slices(coarse, self.slots))
+
+    def read(self, parts: Tensor) -> Tensor:
+        """Slices of the coarser stage's output, (..., D / r) -> (..., d)."""
+        x = F.linear(parts, self.project)
+        return x if self.final_norm is None else cast(Tensor, self.final_norm(x))
+
+
+def projection(config: ModelConfig, index: int) -> nn.Parameter:
+    """Eq. 4's matrix of a finer stage, (d, D // r)."""
+    stage, coarser = config.stages[index], config.stages[index - 1]
+    return matrix("project", stage.d_model, coarser.d_model // (coarser.patch_size // stage.patch_size), config.init)
+
+
+def slices(coarse: Tensor, slots: int) -> Tensor:
+    """The coarser stage's output (n, D) in slices, (n, r, D // r); features that are left over are not handed on."""
+    width = coarse.shape[-1] // slots
+    return rearrange(coarse[..., : slots * width], "n (r d) -> n r d", r=slots)
 
 
 class Megabyte(nn.Module):
@@ -158,7 +240,7 @@ class Megabyte(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
         self.patch_size = config.stages[0].patch_size
-        self.stages = nn.ModuleList(Stage(config, i, vocab_size, seq_len) for i in range(len(config.stages)))
+        self.stages = nn.ModuleList(made_stages(config, vocab_size, seq_len))
         width = config.stages[-1].d_model
         self.readout = None if config.tied else matrix("readout", vocab_size, width, config.init)
         self.part = WHOLE
@@ -185,14 +267,42 @@ class Megabyte(nn.Module):
         filled = F.pad(ids, (0, -t % self.patch_size))
         starts = document_starts(filled, self.patch_size) if self.config.isolate_documents else None
         own = self.part.columns(filled.shape[1])
-        first, *finer = (cast(Stage, stage) for stage in self.stages)
-        x = first.inputs(filled, None, starts) if self.part == WHOLE else first.inputs_of(self.part, filled, starts)
-        x = first.transformer(x, starts=starts)
-        for stage in finer:  # they run inside one patch: no documents, no other ranks
-            x = stage.transformer(stage.inputs(filled[:, own], rearrange(x, "n r d -> (n r) d")))
-        return self.logits(rearrange(x, "(b k) r d -> b (k r) d", b=b)[:, :t])
+        coarse: Tensor | None = None
+        for stage in self.stages:
+            if not stage.coarsest:  # inside one patch, or with the one before in the row: no documents, no other ranks
+                x = cast(Stage | Slices, stage).run(filled[:, own], coarse)
+            elif self.part == WHOLE:
+                x = cast(Stage, stage).run(filled, None, starts)
+            else:
+                first = cast(Stage, stage)
+                x = first.transformer(first.inputs_of(self.part, filled, starts), starts=starts)
+            coarse = rearrange(x, "n r d -> (n r) d")
+        assert coarse is not None
+        return self.logits(rearrange(coarse, "(b t) d -> b t d", b=b)[:, :t])
 
     def logits(self, x: Tensor) -> Tensor:
         """The last stage's output (..., d) -> logits (..., v), eq. 6."""
-        last = cast(Stage, self.stages[-1])
-        return F.linear(x, last.embed if self.readout is None else self.readout)
+        weight = cast(Stage | Slices, self.stages[-1]).embed if self.readout is None else self.readout
+        assert weight is not None
+        return F.linear(x, weight)
+
+    def decoder(self, batch: int) -> Decoder:
+        """Cached generation of `batch` rows of equal length."""
+        return Decoder(self, batch)
+
+    def unit_bytes(self, ids: Tensor) -> float | None:
+        """None: a position of the coarsest stage has so many bytes whatever they are."""
+        return None
+
+    def training_span(self, t: int, number: int) -> slice | None:
+        """None: all columns of a row of t bytes are predicted."""
+        return None
+
+
+def made_stages(config: ModelConfig, vocab_size: int, seq_len: int) -> list[nn.Module]:
+    """The model's stages, coarse to fine; without global or without local model one of them is left out."""
+    if config.without == "global":
+        return [Stage(config, 1, vocab_size, seq_len)]
+    if config.without == "local":
+        return [Stage(config, 0, vocab_size, seq_len), Slices(config, vocab_size)]
+    return [Stage(config, i, vocab_size, seq_len) for i in range(len(config.stages))]

@@ -18,7 +18,7 @@ from mbtrain.model import build
 from mbtrain.model.flops import count
 from mbtrain.model.layers import ROLES, role_of
 from mbtrain.model.loss import nats
-from mbtrain.model.megabyte import Megabyte
+from mbtrain.model.megabyte import Megabyte, Slices
 from tests import naive, tiny
 
 PRESETS = ("paper", "modern")
@@ -51,6 +51,10 @@ def naive_twin(model: Megabyte) -> tuple[naive.Spec, dict[str, Any]]:
         token_shift=block.token_shift,
         final_norm=c.final_norm,
         isolate_documents=c.isolate_documents,
+        window=c.stages[0].window,
+        cross_patch=c.cross_patch,
+        conv=c.conv_encoder,
+        without=c.without,
     )
 
     def array(x: torch.Tensor | None) -> np.ndarray | None:
@@ -59,13 +63,19 @@ def naive_twin(model: Megabyte) -> tuple[naive.Spec, dict[str, Any]]:
     def norm(n: Any) -> dict[str, Any] | None:
         return None if n is None else {"gain": array(n.gain), "bias": array(n.bias)}
 
-    stages = [
-        {
+    def stage_params(stage: Any) -> dict[str, Any]:
+        if isinstance(stage, Slices):
+            return {"embed": array(stage.embed), "project": array(stage.project), "final_norm": norm(stage.final_norm)}
+        return {
             "embed": array(stage.embed),
             "pos": array(stage.positions),
             "pad": array(stage.pad),
             "project": array(stage.project),
             "final_norm": norm(stage.transformer.final_norm),
+            "conv": [
+                {"weight": array(layer.weight), "bias": array(layer.bias)}
+                for layer in (stage.convolutions.layers if stage.convolutions else ())
+            ],
             "blocks": [
                 {
                     "norm1": norm(b.attn_norm),
@@ -82,8 +92,8 @@ def naive_twin(model: Megabyte) -> tuple[naive.Spec, dict[str, Any]]:
                 for b in stage.transformer.blocks
             ],
         }
-        for stage in model.stages
-    ]
+
+    stages = [{}] * (c.without == "global") + [stage_params(stage) for stage in model.stages]
     return spec, {"stages": stages, "unembed": array(model.readout)}
 
 
