@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from mbtrain.engine import Ranks, from_rank_0, gathered
+import torch
+
+from mbtrain import watch
+from mbtrain.engine import Ranks, from_rank_0, gathered, launched, start, stop
 from mbtrain.errors import CheckpointError, MbtrainError
+
+LOST_AFTER_S = 60.0
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of a launcher, joined for a while; or this process alone, without a process group.
+
+    To be used by what is short and leaves nothing behind: a rank that is lost, or fails alone, ends all of them with
+    exit status 75 and its name.
+    """
+    if not launched():
+        yield Ranks(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    ranks = start()
+
+    def last_words(verdict: str) -> None:
+        if ranks.rank == (1 if verdict.startswith("rank 0 ") else 0):  # one speaks for all
+            sys.stderr.write(f"mbtrain: {verdict}\n")
+
+    watching = watch.begin(ranks.rank, ranks.ranks, LOST_AFTER_S, last_words)
+    try:
+        yield ranks
+        gathered(None)  # all have done their part: who leaves now is not lost
+    except Exception as error:
+        if watching and not isinstance(error, MbtrainError):  # those come on all ranks alike
+            if not watch.is_secondary(error):
+                traceback.print_exc()
+            watching.wait_for_verdict(error)
+        raise
+    finally:
+        if watching:
+            watching.stop()
+        stop()
 
 
 def on_rank_0(make: Callable[[], Any], ranks: Ranks) -> Any:

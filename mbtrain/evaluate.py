@@ -1,7 +1,8 @@
 """Exact bits per byte: the sum of nats over all targets / ln 2 / real bytes, over a whole split in a fixed order.
 
 Sums are float64 and over all ranks. The same number comes out at any number of ranks and any batch size, because
-every row is scored once, rows do not see one another, and nothing is averaged before the end.
+every byte is scored once, windows do not see one another, and nothing is averaged before the end. Which windows they
+are, by mode, is in data/windows.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,23 @@ from torch import Tensor
 
 from mbtrain import checkpoint, config, vocab
 from mbtrain.config import Config
-from mbtrain.data.opening import Opened, open_sources
-from mbtrain.data.rows import evaluation_batch, evaluation_rows
+from mbtrain.data.opening import Opened
+from mbtrain.data.windows import evaluation_batch, evaluation_windows
 from mbtrain.errors import CheckpointError, DataError
 from mbtrain.model import Model, build
 from mbtrain.model.loss import nats
+
+
+@dataclass(frozen=True)
+class Details:
+    """The same sums by document and by column, float64, [0] nats and [1] real bytes.
+
+    documents  [2, n], of the samples of all sources, one source after the other in the order of their shards
+    columns    [2, seq_len]: by the number of ids before the target in its window
+    """
+
+    documents: np.ndarray
+    columns: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Score:
     nats: float
     bytes: int
     by_source: dict[str, tuple[float, int]]
+    details: Details | None = None
 
     @property
     def bpb(self) -> float:
@@ -60,46 +73,62 @@ def score(
     reduce: Callable[[list[float]], list[float]] = lambda sums: sums,
     limit_bytes: int | None = None,
     columns: slice = slice(None),
+    mode: str = "basic",
+    patch_size: int = 1,
+    details: bool = False,
 ) -> Score:
-    """Score one split of each source in rows of seq_len that begin without context (the paper's basic evaluation).
+    """Score one split of each source in windows of seq_len (data/windows.py: basic, sliding, strided, both).
 
-    logits_of: ids (batch, seq_len) -> logits; called equally often on every rank, as ZeRO-3 needs.
-    rank of ranks: which rows this process scores. Processes that share rows have the same ones, and each scores the
+    logits_of: ids (batch, seq_len) -> logits, or nats; called equally often on every rank, as ZeRO-3 needs.
+    rank of ranks: which windows this process scores. Processes that share rows have the same ones, and each scores the
     columns that its logits are for. reduce sums a list over all processes. limit_bytes scores only the first rows, of
     each source its share of them. By source means: of the mixture where there are several, else of what mbtrain-prep
-    was given.
+    was given. patch_size: of the coarsest stage, whose borders the modes go by. details: sums by document and
+    column too, which training does without.
     Raises DataError when nothing is scored; also, on the rank that could not read its part, after the others have been
     kept company to the end.
     """
-    names = [source.name for source in sources] if len(sources) > 1 else sources[0].split.source_names
+    names = names_of(sources)
     sums = np.zeros((2, len(names)), np.float64)  # nats; real bytes (exact below 2**53)
+    by_document = np.zeros((2, sum(len(source.split) for source in sources) if details else 0), np.float64)
+    by_column = np.zeros((2, seq_len if details else 0), np.float64)
     unread: DataError | None = None
     ids_in_all = sum(source.stream.ids_per_epoch for source in sources)
+    documents_before = 0
     with torch.inference_mode():
         for number, source in enumerate(sources):
             stream = source.stream
             limit = None if limit_bytes is None else math.ceil(limit_bytes * stream.ids_per_epoch / ids_in_all)
-            rows = evaluation_rows(stream, seq_len, limit)
-            for first in range(0, rows, batch * ranks):
-                mine = list(range(first + rank * batch, min(first + (rank + 1) * batch, rows)))
+            windows = evaluation_windows(stream, seq_len, mode=mode, patch_size=patch_size, limit_bytes=limit)
+            for first in range(0, len(windows), batch * ranks):
+                mine = range(first + rank * batch, min(first + (rank + 1) * batch, len(windows)))
                 try:
-                    ids, mask, of = evaluation_batch(stream, seq_len, mine, batch)
+                    ids, scored, samples = evaluation_batch(stream, seq_len, windows, mine, batch)
                 except DataError as error:  # raised at the end: until then this rank keeps in step
                     unread = error
-                    ids, mask, of = evaluation_batch(stream, seq_len, [], batch)
+                    ids, scored, samples = evaluation_batch(stream, seq_len, windows, [], batch)
                 tensor = torch.from_numpy(ids).to(device).long()
-                ids, mask, of = ids[:, columns], mask[:, columns], of[:, columns]
-                lost = nats(logits_of(tensor), tensor[:, columns]).double().cpu().numpy()[mask]
-                of = np.full(len(lost), number) if len(sources) > 1 else of[mask]
-                sums[0] += np.bincount(of, weights=lost, minlength=len(names))
-                sums[1] += np.bincount(of[ids[mask] != vocab.BOUNDARY], minlength=len(names))
-    sums = np.array(reduce(sums.ravel().tolist())).reshape(2, -1)
+                ids, scored, samples = ids[:, columns], scored[:, columns], samples[:, columns]
+                lost = nats(logits_of(tensor), tensor[:, columns]).double().cpu().numpy()[scored]
+                real, sample = ids[scored] != vocab.BOUNDARY, samples[scored]
+                of = np.full(len(lost), number) if len(sources) > 1 else source.split.source_index[sample]
+                _add(sums, of, lost, real)
+                if details and len(lost):
+                    lowest = int(sample.min())  # samples in a batch are neighbours: as few sums as there are of them
+                    here = by_document[:, documents_before + lowest : documents_before + int(sample.max()) + 1]
+                    _add(here, sample - lowest, lost, real)
+                    _add(by_column, np.nonzero(scored)[1], lost, real)
+            documents_before += len(source.split) if details else 0
+    parts = [part.ravel() for part in (sums, by_document, by_column)]
+    reduced = np.split(np.array(reduce(np.concatenate(parts).tolist())), np.cumsum([part.size for part in parts])[:2])
+    sums, by_document, by_column = (part.reshape(2, -1) for part in reduced)
     if unread is not None:
         raise unread
     if sums[1].sum() == 0:
         raise DataError("evaluation: no bytes in this split; prepare it with a larger share of the data")
     by_source = {name: (float(sums[0, i]), int(sums[1, i])) for i, name in enumerate(names) if sums[1, i]}
-    return Score(float(sums[0].sum()), int(sums[1].sum()), by_source)
+    found = Details(by_document, by_column) if details else None
+    return Score(float(sums[0].sum()), int(sums[1].sum()), by_source, found)
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[Model, Config, checkpoint.Checkpoint, Path]:
@@ -109,61 +138,26 @@ def load_model(path: str | Path, device: torch.device) -> tuple[Model, Config, c
     """
     run, found = checkpoint.find(path)
     settings = config.load(run / "config.yaml")
+    return loaded(run, settings, found, device), settings, found, run
+
+
+def loaded(run: Path, settings: Config, found: checkpoint.Checkpoint, device: torch.device) -> Model:
+    """A checkpoint's model in fp32 and eval mode. Raises CheckpointError where it does not fit the settings."""
     model = build(settings)
     try:
         model.load_state_dict(checkpoint.load_weights(found))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{found.path}: does not fit {run}/config.yaml: {reason}") from error
-    return model.to(device).eval(), settings, found, run
+    return model.to(device).eval()
 
 
-def evaluate_run(
-    path: str | Path,
-    *,
-    split: str = "val",
-    data: str | None = None,
-    batch: int = 8,
-    limit_bytes: int | None = None,
-    precision: str = "as-trained",
-) -> dict[str, Any]:
-    """Score a run in this process: {"bpb", "nats", "bytes", "split", "step", "precision", "by_source"}.
+def names_of(sources: Sequence[Opened]) -> list[str]:
+    """What scores are told apart by: the sources of a mixture, or those that the only one was prepared from."""
+    return [source.name for source in sources] if len(sources) > 1 else sources[0].split.source_names
 
-    precision: as-trained computes as the training's own validation does; or fp32, bf16, autocast.
-    Raises DataError for unknown splits, CheckpointError for a run that is not whole.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, settings, found, _ = load_model(path, device)
-    if precision == "as-trained":
-        stage0 = settings.train.precision == "bf16" and settings.train.zero_stage == 0
-        precision = "autocast" if stage0 else settings.train.precision
-    if precision in ("bf16", "fp16"):
-        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float16)
 
-    def logits_of(ids: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
-            return model(ids)
-
-    if data is not None:
-        elsewhere = settings.data.model_copy(update={"path": data, "sources": ()})
-        settings = settings.model_copy(update={"data": elsewhere})
-    sources = open_sources(settings, split, seed=None)
-    result = score(
-        logits_of,
-        sources,
-        seq_len=settings.data.seq_len,
-        batch=batch,
-        device=device,
-        limit_bytes=limit_bytes,
-    )
-    return {
-        "bpb": result.bpb,
-        "nats": result.nats,
-        "bytes": result.bytes,
-        "split": split,
-        "step": found.progress.step,
-        "precision": precision,
-        "by_source": {name: n / math.log(2) / b for name, (n, b) in result.by_source.items()},
-        # The same number by the name it has for images: a dimension is a byte.
-        **({"bits_per_dimension": result.bpb} if all(s.split.modality == "image" for s in sources) else {}),
-    }
+def _add(sums: np.ndarray, of: np.ndarray, lost: np.ndarray, real: np.ndarray) -> None:
+    """Add nats, and 1 for each real byte, to the columns `of` of sums [2, n]."""
+    sums[0] += np.bincount(of, weights=lost, minlength=sums.shape[1])
+    sums[1] += np.bincount(of[real], minlength=sums.shape[1])

@@ -1,8 +1,8 @@
-"""Pictures of a run, drawn from its metrics.jsonl by matplotlib's Agg: no display, no global state of pyplot."""
+"""Pictures of a run and of its scores, drawn by matplotlib's Agg: no display, no global state of pyplot."""
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,18 @@ def loss_curve(run_dir: Path | str) -> Path | None:
     """
     run_dir = Path(run_dir)
     path = run_dir / "metrics.jsonl"
-    records = _thinned(metrics.stream(path)) if path.exists() else []
-    minutes = _minutes(records)
+    records = thinned(metrics.stream(path)) if path.exists() else []
+    minutes = minutes_of(records)
     in_bytes = any("progress/bytes" in record for record in records)
-    amounts = _bytes_seen(records) if in_bytes else [float(record["step"]) for record in records]
+    amounts = bytes_seen(records) if in_bytes else [float(record["step"]) for record in records]
     train = _column(records, "train/bpb")
     vals = {key: _column(records, key) for key in _val_keys(records)}
     if not any(math.isfinite(value) for column in (train, *vals.values()) for value in column):
         return None
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     scale, unit = _unit(amounts) if in_bytes else (1.0, "")
     _panel(left, [amount / scale for amount in amounts], train, vals)
@@ -65,31 +63,101 @@ def loss_curve(run_dir: Path | str) -> Path | None:
         left.set_ylim(*limits)
     right.legend(loc="upper right", frameon=False, labelcolor=INK)
     figure.suptitle(_title(run_dir.resolve().name, train, vals), x=0.01, ha="left", color=INK, fontsize=13)
-
     target = run_dir / "plots" / "loss.png"
-    target.parent.mkdir(exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        canvas.print_png(file)
-    os.replace(temporary, target)
+    _save(figure, target)
     return target
 
 
-def _thinned(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is drawn of each line; of very many only every 2nd, 4th and so on, but all with validation."""
+def evaluation(
+    target: Path, title: str, by_position: Sequence[dict[str, Any]] | None, by_depth: Sequence[dict[str, Any]]
+) -> None:
+    """Draw where a score comes from (1200 x 500 pixels): bits per byte by position in the patch, and by context.
+
+    by_position: {"position", "bytes", "bpb"}; without it the right half alone, twice as wide. by_depth: {"from", "to",
+    "bytes", "bpb"}; the left half alone where all bytes are in one octave, as in sliding windows. Left out is what says
+    more about a few bytes than about the place: positions with less than a tenth of another's bytes, depths with less
+    than a hundredth for each number of bytes before. The file appears when it is whole.
+
+    Raises OSError.
+    """
+    from matplotlib.figure import Figure
+
+    known = _well_covered(by_depth, [row["bytes"] / (row["to"] - row["from"] + 1) for row in by_depth], 0.01)
+    with_depth = len(known) > 1 or not by_position
+    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    panels = figure.subplots(1, bool(by_position) + with_depth, squeeze=False)[0]
+    if by_position:
+        there = _well_covered(by_position, [place["bytes"] for place in by_position], 0.1)
+        _dots(panels[0], [place["position"] for place in there], [place["bpb"] for place in there])
+        panels[0].set(xlabel="position in the patch (bytes)", ylabel="bits per byte")
+        panels[0].set_title("by position in the patch", loc="left", color=MUTED, fontsize=10)
+        panels[0].set_xlim(-0.5, len(by_position) - 0.5)
+        panels[0].xaxis.get_major_locator().set_params(integer=True)
+    if with_depth:
+        _dots(panels[-1], list(range(len(known))), [row["bpb"] for row in known])
+        labels = [str(row["from"]) if row["from"] == row["to"] else f"{row['from']}\n{row['to']}" for row in known]
+        panels[-1].set_xticks(range(len(known)), labels)
+        panels[-1].set(xlabel="bytes before it in its window, from and to", ylabel="bits per byte")
+        panels[-1].set_title("by depth of context", loc="left", color=MUTED, fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13)
+    _save(figure, target)
+
+
+def _well_covered(
+    places: Sequence[dict[str, Any]], bytes_: Sequence[float], least_share: float
+) -> list[dict[str, Any]]:
+    least = least_share * max(bytes_, default=0)
+    there = [place for place, n in zip(places, bytes_, strict=True) if n >= least and place["bpb"] is not None]
+    return [place for place in there if math.isfinite(place["bpb"])]
+
+
+def _dots(axes: Any, xs: Sequence[int], ys: Sequence[float]) -> None:
+    axes.plot(xs, ys, color=VAL_COLORS[0], linewidth=1.4, marker="o", markersize=5 if len(xs) < 50 else 2)
+    _plain(axes)
+
+
+def _save(figure: Any, target: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            canvas.print_png(file)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _plain(axes: Any) -> None:
+    """A light grid, no frame on the upper and right side, numbers as they are."""
+    axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+    axes.tick_params(colors=INK, length=0, labelleft=True)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.ticklabel_format(useOffset=False, style="plain")
+
+
+def thinned(lines: Iterable[dict[str, Any]], drawn: Collection[str] = DRAWN) -> list[dict[str, Any]]:
+    """What is `drawn`, and val/..., of each line; of very many every 2nd, 4th and so on, but all with validation."""
     kept: list[tuple[int, dict[str, Any]]] = []
     every = held = 1
     for number, line in enumerate(lines):
         validated = any(key.startswith("val/") for key in line)
         if validated or number % every == 0:
-            drawn = {key: value for key, value in line.items() if key in DRAWN or key.startswith("val/")}
-            kept.append((-1 if validated else number, drawn))
+            values = {key: value for key, value in line.items() if key in drawn or key.startswith("val/")}
+            kept.append((-1 if validated else number, values))
             held += not validated
         if held > MAX_LINES:
             every *= 2
-            kept = [(at, drawn) for at, drawn in kept if at % every == 0 or at < 0]
+            kept = [(at, values) for at, values in kept if at % every == 0 or at < 0]
             held = sum(at >= 0 for at, _ in kept)
-    return [drawn for _, drawn in kept]
+    return [values for _, values in kept]
 
 
 def _panel(axes: Any, xs: Sequence[float], train: Sequence[float], vals: dict[str, list[float]]) -> None:
@@ -107,7 +175,7 @@ def _panel(axes: Any, xs: Sequence[float], train: Sequence[float], vals: dict[st
             label="train" if few else None,
         )
     if train_xs and not few:
-        axes.plot(train_xs, _smooth(train_ys), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
+        axes.plot(train_xs, smooth(train_ys), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
     for i, (key, column) in enumerate(vals.items()):
         val_xs, val_ys = _finite(xs, column)
         if val_xs:
@@ -120,14 +188,7 @@ def _panel(axes: Any, xs: Sequence[float], train: Sequence[float], vals: dict[st
                 markersize=4 if len(val_xs) < 100 else 2,
                 label=_val_label(key),
             )
-    axes.grid(True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-    axes.tick_params(colors=INK, length=0, labelleft=True)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.ticklabel_format(useOffset=False, style="plain")
+    _plain(axes)
     axes.margins(x=0.02)
     axes.set_xlim(left=0)
 
@@ -152,7 +213,7 @@ def _val_label(key: str) -> str:
     return ", ".join(["validation", *source, *(["first part"] if name == "partial_bpb" else [])])
 
 
-def _bytes_seen(records: Sequence[dict[str, Any]]) -> list[float]:
+def bytes_seen(records: Sequence[dict[str, Any]]) -> list[float]:
     """`progress/bytes` of each line; a line without it has that of its step, else that of the line before."""
     of_step = {record["step"]: float(record["progress/bytes"]) for record in records if "progress/bytes" in record}
     amounts, before = [], 0.0
@@ -171,21 +232,21 @@ def _finite(xs: Sequence[float], ys: Sequence[float]) -> Curve:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _smooth(ys: Sequence[float]) -> list[float]:
-    """Mean over the points around each: a quarter of the way back to the start and as far ahead, at most n/100.
+def smooth(ys: Sequence[float], part: int = 100) -> list[float]:
+    """Mean over the points around each: a quarter of the way back to the start and as far ahead, at most n/part.
 
     An exponential mean would lag behind the steep fall at the start, and draw the model worse than it was.
     """
     sums = [0.0, *accumulate(ys)]
     smoothed = []
     for i in range(len(ys)):
-        reach = min(i // 4, max(1, len(ys) // 100))
+        reach = min(i // 4, max(1, len(ys) // part))
         low, high = i - reach, min(i + reach + 1, len(ys))
         smoothed.append((sums[high] - sums[low]) / (high - low))
     return smoothed
 
 
-def _minutes(records: Sequence[dict[str, Any]]) -> list[float]:
+def minutes_of(records: Sequence[dict[str, Any]]) -> list[float]:
     """Minutes of training: as the lines tell, else since the first line, without the pauses between parts of a run."""
     if any("progress/minutes" in record for record in records):
         return _column(records, "progress/minutes")
@@ -216,7 +277,7 @@ def _y_limits(
     if len(xs) < 20:
         return None
     start = xs[0] + (xs[-1] - xs[0]) / 20
-    shown = [y for x, y in zip(xs, _smooth(ys), strict=True) if x >= start]
+    shown = [y for x, y in zip(xs, smooth(ys), strict=True) if x >= start]
     shown += [y for column in vals.values() for x, y in zip(*_finite(amounts, column), strict=True) if x >= start]
     low, high = min([*ys, *shown]), max(shown)
     room = max(0.08 * (high - low), 0.01)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from mbtrain import checkpoint, config, evaluate, metrics, session
+from mbtrain import checkpoint, config, evaluation, metrics, session
 from mbtrain.data.rows import Stream
 from mbtrain.engine import parameter_groups
 from mbtrain.errors import CheckpointError
@@ -106,7 +106,7 @@ def test_two_ranks_of_every_zero_stage_agree_with_one(
     assert len(norms) == STEPS
     assert all(math.isfinite(norm) and norm > 0.05 for norm in norms)
     # `mbtrain eval`, on one rank and in batches of its own, gives what the training said.
-    assert evaluate.evaluate_run(run, batch=3)["bpb"] == pytest.approx(lines[-1]["val/bpb"], abs=1e-6)
+    assert evaluation.evaluate_run(run, batch=3)["bpb"] == pytest.approx(lines[-1]["val/bpb"], abs=1e-6)
 
 
 @pytest.mark.parametrize(("ranks", "sequence", "stage"), [(2, 2, 1), (4, 2, 2), (4, 4, 3), (2, 2, 0)])

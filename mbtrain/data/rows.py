@@ -7,7 +7,7 @@ training     an endless stream: epoch 0 in its order, epoch 1 in its order, ...;
              cuts fall elsewhere in every epoch, unless T divides the stream.
              Rows are these cuts, shuffled within windows of about an epoch: neighbours in a stream are pieces of one
              document, and a batch of one document trains on that document alone (it cost 0.5 bits per byte).
-evaluation   one pass in shard order; the last row is filled up and masked.
+evaluation   one pass in shard order (seed None), cut by windows.py.
 
 What fills up is masked, never an id of its own. Many rows are laid out at once, by arrays: a call for each would cost
 more than the reading.
@@ -62,6 +62,7 @@ class Stream:
     boundary   id 256 after each sample
     align      each sample begins at a multiple of so many ids
     patches    image pixels in patch scan for these patch sizes (bytes, coarse to fine); None: as in the shards
+    filling    what stands where nothing counts
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Stream:
         seed: int | None,
         align: int = 1,
         patches: Sequence[int] | None = None,
+        filling: int = 0,
     ):
-        self.split, self.boundary, self.seed, self.align = split, boundary, seed, align
+        self.split, self.boundary, self.seed, self.align, self.filling = split, boundary, seed, align, filling
         self.patches = None if patches is None or not scan.block_sides(patches) else tuple(patches)
         self.bytes_per_epoch = int(split.lengths.sum())
         self.ids_per_epoch = int(self._sizes(split.lengths).sum())
@@ -139,7 +141,7 @@ class Stream:
             short = np.flatnonzero(wanted < seq_len)
             mask[_ranges(short * seq_len + wanted[short], seq_len - wanted[short])] = False
             mask[_ranges(pieces.to + stops - pieces.first, pieces.last - stops)] = False
-            ids = np.zeros(len(mask), np.int16)
+            ids = np.full(len(mask), self.filling, np.int16)
             ids[mask] = content
             mask = mask.reshape(len(at), seq_len)
         if self.boundary:
@@ -147,12 +149,15 @@ class Stream:
             ids[(pieces.to + stops - pieces.first)[ends] - 1] = vocab.BOUNDARY
         return ids.reshape(len(at), seq_len), mask
 
-    def sources(self, at: np.ndarray, seq_len: int, counts: np.ndarray) -> np.ndarray:
-        """Source numbers of the ids that `read_rows` gives for the same arguments, int32 [r, seq_len]; -1: none."""
+    def samples(self, at: np.ndarray, seq_len: int, counts: np.ndarray) -> np.ndarray:
+        """Sample numbers of the ids that `read_rows` gives for the same arguments, int32 [r, seq_len]; -1: none.
+
+        A boundary belongs to the sample that it ends, and so does what fills up behind it.
+        """
         pieces = self._pieces(np.asarray(at, np.int64), np.asarray(counts, np.int64), seq_len)
         out = np.full(len(at) * seq_len, -1, np.int32)
         sizes = pieces.last - pieces.first
-        out[_ranges(pieces.to, sizes)] = np.repeat(self.split.source_index[pieces.sample], sizes)
+        out[_ranges(pieces.to, sizes)] = np.repeat(pieces.sample, sizes)
         return out.reshape(len(at), seq_len)
 
     def read(self, position: int, count: int) -> np.ndarray:
@@ -225,31 +230,6 @@ class Stream:
             out[to : to + len(part)] = np.frombuffer(self.split.read(sample), np.uint8)[part]
             to += stop - start
         return out
-
-
-def evaluation_rows(stream: Stream, seq_len: int, limit_bytes: int | None = None) -> int:
-    """Rows that one pass has; with a limit, whole rows that hold at least so many bytes, if there are."""
-    rows = -(-stream.ids_per_epoch // seq_len)
-    return rows if limit_bytes is None else min(rows, -(-limit_bytes // seq_len))
-
-
-def evaluation_batch(
-    stream: Stream, seq_len: int, rows: Sequence[int], batch: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids, mask and source numbers, each (batch, seq_len), of these rows; missing rows and fillings are masked.
-
-    Masked ids are 0 and mean nothing: the mask alone says what is scored.
-    """
-    ids = np.zeros((batch, seq_len), np.int16)
-    mask = np.zeros((batch, seq_len), bool)
-    sources = np.full((batch, seq_len), -1, np.int32)
-    if len(rows):
-        at = np.asarray(rows, np.int64) * seq_len
-        counts = np.minimum(seq_len, stream.ids_per_epoch - at)
-        ids[: len(rows)], counted = stream.read_rows(at, seq_len, counts)
-        mask[: len(rows)] = True if counted is None else counted
-        sources[: len(rows)] = stream.sources(at, seq_len, counts)
-    return ids, mask, sources
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:

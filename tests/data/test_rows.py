@@ -1,4 +1,4 @@
-"""Packed rows: any cut of the stream is the naive concatenation of documents, and evaluation covers all of it once.
+"""Packed rows: any cut of the stream is the naive concatenation of documents.
 
 pytest tests/data/test_rows.py
 """
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbtrain.data.order import permutation
-from mbtrain.data.rows import Stream, evaluation_batch, evaluation_rows
+from mbtrain.data.rows import Stream
 from mbtrain.errors import DataError
 from mbtrain.shards import Split, open_split
 from mbtrain.vocab import BOUNDARY
@@ -30,6 +30,9 @@ class Documents:
         self.lengths = np.array([len(d) for d in self.documents], np.int64)
         self.source_index = np.array(sources or [0] * len(self.documents), np.int32)
         self.source_names = [f"source{i}" for i in range(int(self.source_index.max(initial=0)) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.documents)
 
     def read_many(self, samples: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> bytes:
         parts = []
@@ -81,39 +84,19 @@ def test_any_cut_of_the_stream_is_the_naive_concatenation(
 
 @settings(max_examples=200, deadline=None)
 @given(documents=corpora, boundary=st.booleans(), data=st.data())
-def test_sources_go_with_the_ids(documents: list[bytes], boundary: bool, data: Any) -> None:
-    """A boundary belongs to the source of the document that it ends."""
-    sources = data.draw(st.lists(st.integers(0, 3), min_size=len(documents), max_size=len(documents)))
+def test_samples_go_with_the_ids(documents: list[bytes], boundary: bool, data: Any) -> None:
+    """A boundary belongs to the document that it ends."""
     seed = data.draw(st.none() | st.integers(0, 9))
-    split = split_of(documents, sources)
-    stream = Stream(split, boundary=boundary, seed=seed)
+    stream = Stream(split_of(documents), boundary=boundary, seed=seed)
     naive: list[int] = []
     for epoch in range(2):
         order = range(len(documents)) if seed is None else permutation(seed, epoch, len(documents)).tolist()
-        naive += [sources[i] for i in order for _ in range(len(documents[i]) + int(boundary))]
+        naive += [i for i in order for _ in range(len(documents[i]) + int(boundary))]
     position = data.draw(st.integers(0, len(naive) - 1))
     count = data.draw(st.integers(0, len(naive) - position))
     wide = count + data.draw(st.integers(0, 3))
-    found = stream.sources(np.array([position]), wide, np.array([count]))
+    found = stream.samples(np.array([position]), wide, np.array([count]))
     assert found.tolist() == [naive[position : position + count] + [-1] * (wide - count)]
-
-
-@settings(max_examples=200, deadline=None)
-@given(documents=corpora, boundary=st.booleans(), seq_len=st.integers(1, 9), batch=st.integers(1, 4))
-def test_evaluation_covers_every_id_exactly_once_in_shard_order(
-    documents: list[bytes], boundary: bool, seq_len: int, batch: int
-) -> None:
-    stream = Stream(split_of(documents), boundary=boundary, seed=None)
-    rows = evaluation_rows(stream, seq_len)
-    seen: list[int] = []
-    for first in range(0, rows, batch):
-        mine = list(range(first, min(first + batch, rows)))
-        ids, mask, sources = evaluation_batch(stream, seq_len, mine, batch)
-        assert ids.shape == mask.shape == sources.shape == (batch, seq_len)
-        assert ((sources >= 0) == mask).all(), "packed rows have a source where they have an id"
-        assert not mask[len(mine) :].any(), "rows that are not there are masked"
-        seen += ids[mask].tolist()
-    assert seen == concatenated(documents, range(len(documents)), boundary)
 
 
 @settings(max_examples=100, deadline=None)
@@ -145,26 +128,6 @@ def test_training_rows_are_shuffled_by_seed_and_window() -> None:
     assert order[0] != order[1]
 
 
-def test_the_last_row_is_masked_at_its_end_and_only_there() -> None:
-    stream = Stream(split_of([b"\0" * 5]), boundary=True, seed=None)
-    ids, mask, _ = evaluation_batch(stream, 4, [0, 1], 3)
-    assert mask.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
-    assert ids[1, 1] == BOUNDARY, "zero bytes are scored like any other, the filling is told by the mask alone"
-
-
-def test_no_rows_at_all_is_a_whole_batch_of_nothing() -> None:
-    """A rank without rows in the last round still takes part in the forward pass."""
-    ids, mask, _ = evaluation_batch(Stream(split_of([b"abc"]), boundary=True, seed=None), 4, [], 2)
-    assert ids.shape == (2, 4)
-    assert not mask.any()
-
-
-@pytest.mark.parametrize(("limit", "rows"), [(1, 1), (4, 1), (5, 2), (12, 3), (10**9, 3), (None, 3)])
-def test_a_limit_rounds_up_to_whole_rows(limit: int | None, rows: int) -> None:
-    stream = Stream(split_of([b"0123456789"]), boundary=True, seed=None)
-    assert evaluation_rows(stream, 4, limit) == rows
-
-
 @pytest.mark.parametrize("documents", [[], [b""]])
 def test_an_empty_split_is_an_error_that_names_it(documents: list[bytes]) -> None:
     with pytest.raises(DataError, match="'made': no bytes"):
@@ -179,7 +142,8 @@ def test_of_a_real_split(shards: Any) -> None:
     naive = concatenated(documents, range(len(documents)), True)
     assert stream.read(0, stream.ids_per_epoch).tolist() == naive
     whole = np.array([stream.ids_per_epoch])
-    assert set(stream.sources(np.array([0]), stream.ids_per_epoch, whole).ravel().tolist()) == {0, 1}
+    samples = stream.samples(np.array([0]), stream.ids_per_epoch, whole).ravel()
+    assert set(split.source_index[samples].tolist()) == {0, 1}
     assert int((stream.read(0, stream.ids_per_epoch) == BOUNDARY).sum()) == len(split)
 
 
@@ -214,22 +178,3 @@ def test_aligned_rows_are_the_naive_layout_with_fillings_masked(
         assert [i if c else None for i, c in zip(row, count, strict=True)] == expected
         assert all(i == 0 for i, c in zip(row, count, strict=True) if not c)
     assert stream.targets(rows, seq_len) == int(counted.sum())
-
-
-@settings(max_examples=100, deadline=None)
-@given(documents=corpora, boundary=st.booleans(), seq_len=st.integers(1, 9), batch=st.integers(1, 4))
-def test_one_sample_a_row_is_scored_once_and_whole(
-    documents: list[bytes], boundary: bool, seq_len: int, batch: int
-) -> None:
-    """Rows of one sample each: longer ones go on in the next row, nothing is dropped, no row holds two."""
-    stream = Stream(split_of(documents), boundary=boundary, seed=None, align=seq_len)
-    rows = evaluation_rows(stream, seq_len)
-    seen: list[int] = []
-    for first in range(0, rows, batch):
-        ids, mask, _ = evaluation_batch(stream, seq_len, list(range(first, min(first + batch, rows))), batch)
-        seen += ids[mask].tolist()
-        for row, counts in zip(ids, mask, strict=True):
-            ends = np.flatnonzero((row == BOUNDARY) & counts)
-            assert len(ends) <= 1
-            assert not len(ends) or not counts[ends[0] + 1 :].any()
-    assert seen == concatenated(documents, range(len(documents)), boundary)
