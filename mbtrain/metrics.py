@@ -72,6 +72,25 @@ def stream(path: Path | str) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def salvage(path: Path | str) -> Iterator[dict[str, Any] | None]:
+    """What `stream` gives, and None for each line that is damaged, where `stream` raises: for showing, not resuming.
+
+    Raises DataError if the file is missing.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected the metrics of a run") from None
+    with file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
+            if not line.endswith(b"\n") and len(line) < LINE_BYTES:
+                return  # the end, which its writer did not finish
+            try:
+                yield _parse(path, number, line[:-1])
+            except DataError:
+                yield None
+
+
 def last(path: Path | str) -> dict[str, Any] | None:
     """The last whole line, or None if there is none. Reads the end of the file only.
 

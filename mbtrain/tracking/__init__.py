@@ -20,10 +20,13 @@ at any time; what could not be sent stays in the run directory, for the next one
 
     trainer    what the training process calls             pages    MLflow's pages: serve them, and their addresses
     shipper    the process, its lock and rounds; sync      sending  one run in MLflow: the only file that imports mlflow
+    fetching   an experiment back as run directories     labels   by what MLflow's pages group runs
     files      what all of these share
 """
 
+from mbtrain.tracking.fetching import fetch
 from mbtrain.tracking.files import ENVIRONMENT, STATUSES, default_uri, run_id, store
+from mbtrain.tracking.labels import labels
 from mbtrain.tracking.pages import compare_url, ui
 from mbtrain.tracking.shipper import sync
 from mbtrain.tracking.trainer import finish, start_shipper
@@ -33,7 +36,9 @@ __all__ = [
     "STATUSES",
     "compare_url",
     "default_uri",
+    "fetch",
     "finish",
+    "labels",
     "run_id",
     "start_shipper",
     "store",

@@ -1,3 +1,10 @@
-from mbtrain.tracking.shipper import main
+import sys
+from pathlib import Path
 
-main()
+from mbtrain.tracking import fetching, shipper
+
+if sys.argv[1:2] == ["--fetch"] and len(sys.argv) == 4:
+    shipper.stand_back()
+    fetching.main(sys.argv[2], Path(sys.argv[3]))
+else:
+    shipper.main()

@@ -52,8 +52,11 @@ MIB = 1 << 20
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # in seconds, between two bytes; MLflow reads it at each request
 HANG_S = 300.0  # beyond that timeout, for a call as a whole: a server may send a byte now and then for ever
 
+COSTS = ("parameters", "training_flops_per_byte")  # of `model` in environment.json: params to plot scores against
+_PARENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", re.ASCII)
+
 # Sent as artifacts, with what is below them. Checkpoints are not: they are large, and stay in the run directory.
-ARTIFACT_FILES = ("config.yaml", "environment.json")
+ARTIFACT_FILES = ("config.yaml", "environment.json", "vocabulary.json")
 ARTIFACT_DIRS = ("samples", "plots", "export")
 FINAL_ARTIFACT_FILES = ("log.txt",)
 
@@ -82,15 +85,20 @@ class Link:
     described: dict[str, list[int] | None] = field(default_factory=dict)
 
 
-def open_link(run_dir: Path, target: Mapping[str, Any]) -> Link:
-    """Reach the store `target` names, find or make the run there, and ask what it holds."""
+def client_of(uri: str) -> Any:
+    """MLflow's client of a store."""
     from mlflow import MlflowClient
 
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def open_link(run_dir: Path, target: Mapping[str, Any]) -> Link:
+    """Reach the store `target` names, find or make the run there, and ask what it holds."""
     uri = target["tracking_uri"]
     database = sqlite_path(uri)
     if database and not database.exists():
         _make_database(database)
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client = client_of(uri)
     with _within():
         identity = _find_run(client, run_dir, target) or _create_run(client, run_dir, target)
     link = Link(client, identity, "", run_dir, without_password(uri), metrics.Tail(run_dir / "metrics.jsonl"))
@@ -142,12 +150,16 @@ def describe(link: Link) -> None:
     if files == link.described:
         return
     params, tags = {}, {}
-    for key, value in _config_params(link.run_dir / "config.yaml").items():
+    environment = read_json(link.run_dir / "environment.json") or {}
+    model = environment.get("model")
+    model = model if isinstance(model, dict) else {}
+    costs = {f"mbtrain.{key}": _text(model[key])[:MAX_PARAM_CHARS] for key in COSTS if model.get(key) is not None}
+    for key, value in (_config_params(link.run_dir / "config.yaml") | costs).items():
         if key not in link.params:
             params[key] = value
         elif link.params[key] != value or f"resumed.{key}" in link.tags:
             tags[_name(f"resumed.{key}")] = value
-    told = (read_json(link.run_dir / "environment.json") or {}).get("tags")
+    told = environment.get("tags")
     for key, value in told.items() if isinstance(told, dict) else ():
         tags[_name(key)] = _text(value)[:MAX_TAG_CHARS]
         if key == "commit":
@@ -275,13 +287,11 @@ def usual_patience_s() -> int:
 
 def _make_database(path: Path) -> None:
     """Make an MLflow database that appears when it is whole: one whose making was cut off, MLflow never mends."""
-    from mlflow import MlflowClient
-
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     try:
         with _within():
-            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+            client_of(f"sqlite:///{made}").search_experiments(max_results=1)
         try:
             os.link(made, path)
         except FileExistsError:  # made by another run at the same moment
@@ -359,9 +369,30 @@ def _create_run(client: Any, run_dir: Path, target: Mapping[str, Any]) -> str:
         "mbtrain.run_uid": _run_uid(run_dir),
         "mbtrain.version": __version__,
     }
+    parent = target.get("parent")
+    if isinstance(parent, str) and _PARENT.fullmatch(parent):
+        tags |= {"mbtrain.parent": parent, "mlflow.parentRunId": _parent(client, experiment_id, parent)}
     start_ms = round(1000 * _time_s(first))
     run = client.create_run(experiment_id, start_time=start_ms, tags=tags, run_name=target["run_name"])
     return str(run.info.run_id)
+
+
+def _parent(client: Any, experiment_id: str, name: str) -> str:
+    """Id of the run below which those of a sweep are shown; it has no metrics of its own."""
+
+    def oldest() -> str | None:
+        found = client.search_runs([experiment_id], filter_string=f"tags.`mbtrain.parent_of` = '{name}'")
+        return min((run.info.start_time, str(run.info.run_id)) for run in found)[1] if found else None
+
+    if known := oldest():
+        return known
+    tags = {"mlflow.source.name": "mbtrain", "mlflow.user": _user(), "mbtrain.parent_of": name}
+    made = str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
+    client.set_terminated(made)
+    kept = oldest() or made
+    if kept != made:  # another run of the sweep made one at the same moment
+        client.delete_run(made)
+    return kept
 
 
 def _run_uid(run_dir: Path) -> str:
@@ -400,7 +431,8 @@ def _new_points(records: Iterable[Mapping[str, Any]], held: Mapping[str, int]) -
     reached = dict(held)
     for record in records:
         step, timestamp_ms = record["step"], round(1000 * _time_s(record, 0.0))
-        for name, value in record.items():
+        # MLflow's comparison begins with the metric that came first: let it be bits per byte.
+        for name, value in sorted(record.items(), key=lambda item: not item[0].endswith("bpb")):
             if name in ("step", "time_unix_s") or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             key = _name(name)
@@ -426,6 +458,7 @@ def _time_s(record: Mapping[str, Any], default_s: float | None = None) -> float:
 
 def _artifacts(run_dir: Path, final: bool) -> Iterator[Path]:
     candidates = [run_dir / name for name in ARTIFACT_FILES + (FINAL_ARTIFACT_FILES if final else ())]
+    candidates += sorted(run_dir.glob("eval_*.json"))
     for folder in ARTIFACT_DIRS:
         candidates += sorted((run_dir / folder).rglob("*"))
     for path in candidates:

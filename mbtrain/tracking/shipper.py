@@ -67,7 +67,7 @@ def main() -> None:
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # one line a try is enough, and it is ours
-    _stand_back()
+    stand_back()
     _set_environment()
     run_dir = Path(sys.argv[1]).resolve()
     request = read_json(run_dir / "tracking.json") or {}
@@ -222,6 +222,7 @@ def _target(run_dir: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         "experiment": str(request.get("experiment") or "mbtrain"),
         "run_name": str(request.get("run_name") or run_dir.name),
         "run_id": request.get("run_id"),
+        "parent": request.get("parent"),
     }
 
 
@@ -436,8 +437,8 @@ class _Said:
         log.warning("%s", text)
 
 
-def _stand_back() -> None:
-    """Yield to the trainer in everything: processor time, and memory, of which little is needed."""
+def stand_back() -> None:
+    """Yield to trainers in everything: processor time, and memory, of which little is needed."""
     with contextlib.suppress(OSError):
         os.nice(10)
     with contextlib.suppress(OSError):

@@ -24,6 +24,7 @@ def start_shipper(
     run_name: str,
     *,
     run_id: str | None = None,
+    parent: str | None = None,
     interval_s: float = 5.0,
     deadline_s: float = 60.0,
 ) -> subprocess.Popen[bytes] | None:
@@ -31,7 +32,8 @@ def start_shipper(
 
     It has a session of its own (Ctrl-C at the trainer does not reach it), no stdin, and writes to RUN/mlflow.log.
     A status.json of an earlier part of the run is removed: the run is alive again. `run_id`, from a checkpoint, is the
-    MLflow run to go on in if the run directory itself knows none. `interval_s` is the pause between two sendings,
+    MLflow run to go on in if the run directory itself knows none; `parent` names the run below which it is shown.
+    `interval_s` is the pause between two sendings,
     `deadline_s` the time that the shipper goes on trying after the trainer's end while MLflow is out of reach.
     None, and a warning, where the system starts no process: training goes on, and `mbtrain sync` sends it later.
     """
@@ -41,6 +43,7 @@ def start_shipper(
         "experiment": experiment,
         "run_name": run_name,
         "run_id": run_id,
+        "parent": parent,
         "interval_s": interval_s,
         "deadline_s": deadline_s,
         "trainer": {
