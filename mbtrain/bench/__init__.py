@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mbtrain.bench.claims import claims
 from mbtrain.bench.data import data
 from mbtrain.bench.generation import generate
 from mbtrain.bench.overhead import deepspeed
@@ -23,4 +24,5 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "data": data,
     "saving": saving,
     "sequence": sequence,
+    "claims": claims,
 }

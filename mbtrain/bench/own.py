@@ -33,6 +33,7 @@ Step = Callable[[Tensor, float], float]
 
 def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[], dict[str, Tensor]]]:
     """A step as in train.py, (ids, LR factor) -> nats per id, and the fp32 weights so far."""
+    _must_predict_whole_rows(settings)
     wrapped = engine.Engine(settings, build(settings), ranks)
     wrapped.module.train()
     done = [0]
@@ -54,11 +55,18 @@ def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[
     return step, lambda: dict(wrapped.weights())
 
 
+def _must_predict_whole_rows(settings: Config) -> None:
+    """Raise ConfigError for a model that trains spans of its rows: these loops know no spans."""
+    if settings.model.kind == "perceiver_ar":
+        raise ConfigError("model.kind: got perceiver_ar, expected another; `mbtrain bench claims` trains it")
+
+
 def bare_step(settings: Config, model: Model) -> Step:
     """The same update in a plain loop: bf16 weights with fp32 masters, or fp32; fused AdamW, clipping.
 
     The model is trained in place, and turned to bf16 where that is the precision.
     """
+    _must_predict_whole_rows(settings)
     train = settings.train
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision: got {train.precision}, expected bf16 or fp32 for a bare loop")

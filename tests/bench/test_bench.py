@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from mbtrain import config
-from mbtrain.bench import VERBS, generation, measure
+from mbtrain.bench import VERBS, generation, measure, own
 from mbtrain.bench import peer as peer_worker
 from mbtrain.config import Config
 from mbtrain.errors import ConfigError, MbtrainError
+from mbtrain.model import build
 from mbtrain.model.flops import count
 from tests import tiny
 
@@ -219,3 +220,9 @@ def test_train_gives_the_ratio_to_the_peer(tmp_path: Path, shards: Path) -> None
 def peer_settings(folder: Path, shards: Path) -> Config:
     """The tiny configuration as the peer can have it."""
     return config.load(tiny_file(folder, shards))
+
+
+def test_a_bare_loop_refuses_a_model_that_trains_spans_of_rows() -> None:
+    settings = tiny.make(1, model={"kind": "perceiver_ar", "latents": 8, "stages": tiny.STAGES[1]})
+    with pytest.raises(ConfigError, match=r"model\.kind: got perceiver_ar"):
+        own.bare_step(settings, build(settings))
