@@ -77,37 +77,56 @@ def eval(
     json: str = "",
     **unknown: str,
 ) -> None:
-    """mbtrain eval RUN [--split=val] [--mode=basic] [--data=DIR] [--batch=8] [--limit=BYTES] [options]
+    """mbtrain eval RUN [--mode=basic|sliding|strided|both] [--split=val] [--data=DIR] [--limit=BYTES] [options]
 
-    Exact bits per byte of a whole split: sum of nats over all targets / ln 2 / real bytes. RUN is a run directory or
-    a checkpoint in it. Rows of seq_len bytes begin without context (mode basic). --precision=P
-    is as-trained (as the training's own validation computes), fp32, bf16 or autocast.
-    --json: last line on stdout: {"bpb", "nats", "bytes", "split", "step", "precision", "by_source"}; of images also
-    "bits_per_dimension", which is the same number
+    Exact bits per byte of a whole split: sum of nats over all targets / ln 2 / real bytes, each byte predicted from
+    bytes before it alone, and how far off it may be (95 % interval, by bootstrap over documents). RUN is a run
+    directory or a checkpoint in it. Alone, or as a rank of deepspeed, torchrun or srun: the same number.
+
+      --mode=basic      windows of seq_len bytes, one after the other, which begin without context       (cost 1)
+      --mode=sliding    windows overlap by half, and count where they have half a window before them            (2)
+      --mode=strided    two passes half a patch apart; each byte counts where it is in a patch's first half     (2)
+      --mode=both       both of these                                                                           (4)
+      --split=NAME      as the data was prepared                                                             (val)
+      --data=DIR        another data set than the run's, of the same modality
+      --batch=N         windows at a time: memory and speed, no number                                         (8)
+      --limit=BYTES     only the first rows that hold so many
+      --precision=P     as-trained (as the training's own validation computes), fp32, bf16 or autocast
+      --json            last line on stdout: {"bpb", "bpb_low", "bpb_high", "nats", "bytes", "split", "mode", "step",
+                        "precision", "by_source", "by_source_interval", "documents", "words", "word_perplexity",
+                        "by_position", "by_depth", "plot"}; of images "bits_per_dimension", which is bpb
+
+    It writes RUN/plots/eval_SPLIT_MODE.png, where the bits come from: by position in the patch and by depth of context;
+    and for `mbtrain compare` RUN/eval_SPLIT_MODE.json, of a whole split of the run's own data.
 
     Examples:
       mbtrain eval runs/quickstart
-      mbtrain eval runs/quickstart/checkpoints/step_0000000500 --split=test --json
+      mbtrain eval runs/quickstart --split=test --mode=both
+      mbtrain eval runs/quickstart/checkpoints/step_0000000500 --limit=1000000 --json
+      deepspeed --num_gpus=2 --module mbtrain eval runs/quickstart --split=test
     """
     no_unknown(eval, unknown)
-    if mode != "basic":
-        raise ConfigError(f"--mode: expected basic, got {mode!r}")
+    if mode not in ("basic", "sliding", "strided", "both"):
+        raise ConfigError(f"--mode: expected basic, sliding, strided or both, got {mode!r}")
     if precision not in ("as-trained", "fp32", "bf16", "autocast"):
         raise ConfigError(f"--precision: expected as-trained, fp32, bf16 or autocast, got {precision!r}")
     as_json, rows = flag("--json", json), number("--batch", batch, int, 1)
     limit_bytes = number("--limit", limit, int, 1) if limit else None
+    path = _one_run(run)
 
-    from mbtrain.evaluate import evaluate_run
+    from mbtrain.evaluation import evaluate_run, lines_of
 
     figures = evaluate_run(
-        _one_run(run), split=split, data=data or None, batch=rows, limit_bytes=limit_bytes, precision=precision
+        path, split=split, mode=mode, data=data or None, batch=rows, limit_bytes=limit_bytes, precision=precision
     )
-    part = f"{'first part of ' if limit else ''}{split}"
-    unit = "bits per byte" + (" (= bits per dimension)" if "bits_per_dimension" in figures else "")
-    write(f"{part}: {figures['bpb']:.6f} {unit} over {figures['bytes']} bytes (step {figures['step']})")
-    for source, bpb in figures["by_source"].items() if len(figures["by_source"]) > 1 else ():
-        write(f"  {source}: {bpb:.6f}")
-    finish(figures, as_json)
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines_of(figures, partly=limit_bytes is not None):
+            write(line)
+        finish(figures, as_json)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # as after a training: a thread of the process group that wakes now would abort it
 
 
 def sample(
@@ -234,35 +253,156 @@ def export(*run: str, out: str = "", json: str = "", **unknown: str) -> None:
     finish({"path": path}, as_json)
 
 
-def flops(*config: str, json: str = "", **overrides: str) -> None:
-    """mbtrain flops CONFIG [--section.key=value ...] [--json]
+def compress(
+    *file: str,
+    run: str = "",
+    out: str = "",
+    batch: str = "32",
+    shape: str = "",
+    overwrite: str = "",
+    json: str = "",
+    **unknown: str,
+) -> None:
+    """mbtrain compress FILE --run=RUN [--out=FILE.mbz] [--batch=32] [options]
 
-    Parameters and operations per byte by stage, by formula. One multiply-add is two operations.
+    Codes a file, any file, by what the model predicts of it: `mbtrain decompress` gives the very same bytes back, with
+    the same run on the same kind of machine. The size proves the run's bits per byte: each row of seq_len bytes begins
+    without context, as `mbtrain eval` scores. Beside it stands what gzip -9, xz -9e and zstd -19 make of the file; PNG
+    of raw pictures, FLAC of 16-bit sound.
+
+      --run=RUN          a run directory, or a checkpoint in it
+      --out=FILE         where it is written                                                       (FILE.mbz)
+      --batch=N          most rows that advance together: faster, and more memory, at most 1024           (32)
+      --shape=HxW        the file is pictures of this size, RGB, one after the other: they are coded in the order in
+                         which the model reads. Of a .rgb file of an image run       (what the run's pictures have)
+      --overwrite        replace the output if it is there
+      --json             last line on stdout: {"path", "bytes", "compressed_bytes", "bpb", "model_bpb", "gzip_bpb",
+                         "xz_bpb", "zstd_bpb", "step", "bytes_per_s"}, and "png_bpb", "flac_bpb" where they apply.
+                         bpb: of the whole output; model_bpb: what the model's probabilities add up to
+
+    Examples:
+      mbtrain compress novel.txt --run=runs/novels
+      mbtrain compress cat.rgb --run=runs/pictures --shape=64x64 --out=cat.mbz --json
+    """
+    no_unknown(compress, unknown)
+    from mbtrain.mbz import MAX_BATCH
+
+    as_json, replace, rows = flag("--json", json), flag("--overwrite", overwrite), number("--batch", batch, int, 1)
+    if rows > MAX_BATCH:
+        raise ConfigError(f"--batch: expected at most {MAX_BATCH}, got {rows}")
+    path = _file_and_run(file, run)
+
+    from mbtrain.compress import compress_file, lines_of
+
+    figures = compress_file(path, run, out=out or None, batch=rows, shape=shape, overwrite=replace)
+    for line in lines_of(figures):
+        write(line)
+    finish(figures, as_json)
+
+
+def decompress(*file: str, run: str = "", out: str = "", overwrite: str = "", json: str = "", **unknown: str) -> None:
+    """mbtrain decompress FILE.mbz --run=RUN [--out=FILE] [--overwrite] [--json]
+
+    Restores what `mbtrain compress` was given, byte for byte, or writes nothing and says why: another model, a damaged
+    file, or a machine whose floats round otherwise (another processor or version of torch).
+
+      --run=RUN          the run that compressed it; its checkpoint of that step is taken, if it is still kept
+      --out=FILE         where it is written                                                       (FILE without .mbz)
+      --overwrite        replace the output if it is there
+      --json             last line on stdout: {"path", "bytes", "compressed_bytes", "bytes_per_s"}
+
+    Examples:
+      mbtrain decompress novel.txt.mbz --run=runs/novels --out=again.txt
+    """
+    no_unknown(decompress, unknown)
+    as_json, replace = flag("--json", json), flag("--overwrite", overwrite)
+    path = _file_and_run(file, run)
+
+    from mbtrain.compress import decompress_file
+
+    figures = decompress_file(path, run, out=out or None, overwrite=replace)
+    write(f"{figures['path']}: {figures['bytes']} bytes, the original's ({figures['bytes_per_s']:.0f} bytes/s)")
+    finish(figures, as_json)
+
+
+def compare(
+    *run: str, out: str = "compare", experiment: str = "", uri: str = "", json: str = "", **unknown: str
+) -> None:
+    """mbtrain compare RUN RUN ... [--out=DIR] [--experiment=NAME] [--uri=STORE] [--json]
+
+    One page that needs no network, OUT/compare.html, and pictures of its curves, OUT/curves*.png: bits per byte against
+    bytes, FLOPs and minutes; final scores with intervals (of `mbtrain eval`, where it was run), parameters, FLOPs per
+    byte, bytes/s, MFU, memory; scores at equal cost; settings that differ; samples side by side. Runs of one data set
+    stand together. Runs whose names end in _s0, _s1 and so on are seeds: their mean is shown, with the lowest and the
+    highest. Runs that are not finished, of other kinds or of older versions are shown with what they have.
+
+      --out=DIR           where the page and the pictures are written                              (compare)
+      --experiment=NAME   also the runs of this MLflow experiment, fetched from its store
+      --uri=STORE         the store                             (MLFLOW_TRACKING_URI, else sqlite in mlruns/)
+      --json              last line on stdout: {"path", "pictures", "runs": [{"run", "name", "bpb", ...}, ...]}
+
+    Examples:
+      mbtrain compare runs/first runs/second
+      mbtrain compare runs/* --out=report
+      mbtrain compare --experiment=mbtrain --out=report
+    """
+    no_unknown(compare, unknown)
+    as_json = flag("--json", json)
+    if uri and not experiment:
+        raise ConfigError(f"--uri={uri}: expected --experiment=NAME beside it; run directories need no store")
+
+    from dataclasses import asdict
+
+    from mbtrain.compare import compare as compare_runs
+
+    made = compare_runs(run, Path(out), experiment=experiment, uri=uri)
+    write(f"{made.path}: {len(made.runs)} runs; open it in a browser")
+    for path in made.pictures:
+        write(str(path))
+    finish(asdict(made), as_json)
+
+
+def flops(*config: str, gpu: str = "A100,H100", mfu: str = "0.4", json: str = "", **overrides: str) -> None:
+    """mbtrain flops CONFIG [--gpu=A100,H100] [--mfu=0.4] [--section.key=value ...] [--json]
+
+    What a configuration costs, by formula: parameters and operations per byte by stage and part, keys and values kept
+    in generation, activations of a micro-batch, the patch size with the fewest operations, and the GPU hours of its
+    budget. One multiply-add is two operations. Where the text decides how many bytes a position holds (subword,
+    patching=space) that is measured on the first 64 training rows, and assumed where the data set is not at hand.
+
+      --gpu=NAME[,NAME]   whose peak hours are reckoned with                                        (A100,H100)
+      --mfu=X             the share of that peak which training reaches                             (0.4)
+      --json              last line on stdout: {"parameters", "forward_flops_per_byte", "training_flops_per_byte",
+                          "stages", "readout", "kv_cache_bytes", "activation_bytes", "patch_size", "budget", ...}
+
+    Examples:
+      mbtrain flops configs/quickstart.yaml
+      mbtrain flops configs/quickstart.yaml --model.stages.0.n_layers=12 --train.bytes=80000000000 --gpu=H200 --mfu=0.3
     """
     as_json = flag("--json", json)
+    unknown = [key for key in overrides if "." not in key and key != "name"]
+    if unknown:
+        no_unknown(flops, {unknown[0]: ""})
     if len(config) != 1:
         raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
 
     from mbtrain import config as configuration
-    from mbtrain.model.flops import count
+    from mbtrain import cost, gpus
+    from mbtrain.model.flops import by_content
 
+    share = number("--mfu", mfu, float, 1e-3)
+    if share > 1:
+        raise ConfigError(f"--mfu: expected at most 1, the whole peak, got {mfu}")
+    names = [gpus.named("--gpu", name) for name in gpu.split(",")]
     settings = configuration.load(config[0], {key: str(value) for key, value in overrides.items()})
-    counted = count(settings)
-    for i, (spec, stage) in enumerate(zip(settings.model.stages, counted.stages, strict=True)):
-        forward = stage.matrices + stage.attention + stage.project
-        write(
-            f"stage {i}: every {spec.patch_size} B, {spec.n_layers} x {spec.d_model}: {stage.parameters / 1e6:.2f}M "
-            f"parameters, forward {forward / 1e6:.3f} MFLOP a byte ({forward / counted.forward_per_byte:.0%})"
-        )
-    write(
-        f"in all: {counted.parameters / 1e6:.2f}M parameters, forward {counted.forward_per_byte / 1e6:.3f}, "
-        f"training {counted.training_per_byte / 1e6:.3f} MFLOP a byte"
-    )
-    figures = {
-        "parameters": counted.parameters,
-        "forward_flops_per_byte": counted.forward_per_byte,
-        "training_flops_per_byte": counted.training_per_byte,
-    }
+    unit_bytes = None
+    if by_content(settings.model):
+        from mbtrain.units import unit_bytes_at_hand
+
+        unit_bytes = unit_bytes_at_hand(settings)
+    figures = cost.figures(settings, gpu_names=names, mfu=share, unit_bytes=unit_bytes)
+    for line in cost.lines(figures):
+        write(line)
     finish(figures, as_json)
 
 
@@ -284,6 +424,10 @@ def bench(*what: str, json: str = "", **options: str) -> None:
                  --text=DIR --images=DIR   prepare what is there                    (texts and pictures it makes)
                  --out=DIR   where a temporary folder is made, 3 GB                         (where TMPDIR says)
                  --quick     everything once and tiny: does it run
+      claims     the paper's claims at small scale: MEGABYTE, its rivals and ablations at equal training FLOPs; a table
+                 --plan=FILE --only=REGEX --seeds=1,2   which rows and seeds      (configs/claims/plan.yaml; all)
+                 --runs=DIR --jobs=N         where the runs are; what is finished there is not made again
+                                             (runs/claims; two at a time, one thread each)
     """
     as_json = flag("--json", json)
     from mbtrain.bench import VERBS
@@ -545,6 +689,14 @@ def doctor(
         sys.exit(2)
 
 
+def _file_and_run(file: Sequence[str], run: str) -> str:
+    if len(file) != 1:
+        raise ConfigError(f"FILE: expected one file, got {len(file)}")
+    if not run:
+        raise ConfigError("--run: expected a run directory or checkpoint, got nothing; give --run=RUN")
+    return file[0]
+
+
 def _one_run(run: Sequence[str]) -> str:
     if len(run) != 1:
         raise ConfigError(f"RUN: expected one run directory or checkpoint, got {len(run)}")
@@ -554,11 +706,14 @@ def _one_run(run: Sequence[str]) -> str:
 _HELP = """mbtrain: train multiscale byte models on raw bytes
 
   mbtrain train CONFIG           train; alone or under deepspeed, torchrun, srun
-  mbtrain eval RUN               exact bits per byte of a split
+  mbtrain eval RUN               exact bits per byte of a split, with intervals, in four modes
   mbtrain sample RUN             make text, pictures or sound, from nothing or after a prompt
+  mbtrain compare RUN RUN ...    one page: curves, scores, costs, settings and samples of several runs
   mbtrain summary RUN            its score beside compressors, speed, where things are
   mbtrain export RUN --out=DIR   safetensors and configuration, loadable in three lines
-  mbtrain flops CONFIG           parameters and operations by stage
+  mbtrain compress FILE          lossless, by what a run's model predicts; its size proves the score
+  mbtrain decompress FILE.mbz    the very same bytes back
+  mbtrain flops CONFIG           parameters, operations, memory and GPU hours by formula
   mbtrain bench WHAT             measure against MEGABYTE-pytorch and against a bare loop
   mbtrain doctor [CONFIG]        is every host ready for a long run? what is wrong, and what to do
   mbtrain supervise CONFIG       train, and go on after a crash, on the hosts that are left
@@ -577,8 +732,11 @@ PROGRAM = Program(
         "train": train,
         "eval": eval,
         "sample": sample,
+        "compare": compare,
         "summary": summary,
         "export": export,
+        "compress": compress,
+        "decompress": decompress,
         "flops": flops,
         "bench": bench,
         "doctor": doctor,
@@ -587,7 +745,7 @@ PROGRAM = Program(
         "sync": sync,
         "ui": ui,
     },
-    flags=("json", "resume", "quick", "full"),
+    flags=("json", "resume", "quick", "full", "overwrite"),
     help=_HELP,
 )
 

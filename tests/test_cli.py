@@ -160,7 +160,7 @@ def test_json_is_the_last_line_and_only_where_asked_for(config: str, capsys: pyt
         last = capsys.readouterr().out.splitlines()[-1]
         assert (last.startswith('{"parameters": ')) == wanted
     figures = launch.last_json(launch.mbtrain(["flops", config, "--json"]).stdout)
-    assert set(figures) == {"parameters", "forward_flops_per_byte", "training_flops_per_byte"}
+    assert {"parameters", "forward_flops_per_byte", "training_flops_per_byte"} <= set(figures)
 
 
 def test_only_rank_0_says_what_all_ranks_know(config: str) -> None:
