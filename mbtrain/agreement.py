@@ -33,10 +33,23 @@ def joined() -> Iterator[Ranks]:
         if ranks.rank == (1 if verdict.startswith("rank 0 ") else 0):  # one speaks for all
             sys.stderr.write(f"mbtrain: {verdict}\n")
 
-    watching = watch.begin(ranks.rank, ranks.ranks, LOST_AFTER_S, last_words)
     try:
-        yield ranks
-        gathered(None)  # all have done their part: who leaves now is not lost
+        with watched(ranks, LOST_AFTER_S, last_words):
+            yield ranks
+            gathered(None)  # all have done their part: who leaves now is not lost
+    finally:
+        stop()
+
+
+@contextmanager
+def watched(ranks: Ranks, lost_after_s: float, last_words: Callable[[str], None]) -> Iterator[watch.Watch | None]:
+    """While inside, a rank that is lost, or fails alone, ends all of them with exit status 75, after these last words.
+
+    None for a single rank, which nobody watches.
+    """
+    watching = watch.begin(ranks.rank, ranks.ranks, lost_after_s, last_words)
+    try:
+        yield watching
     except Exception as error:
         if watching and not isinstance(error, MbtrainError):  # those come on all ranks alike
             if not watch.is_secondary(error):
@@ -46,7 +59,6 @@ def joined() -> Iterator[Ranks]:
     finally:
         if watching:
             watching.stop()
-        stop()
 
 
 def on_rank_0(make: Callable[[], Any], ranks: Ranks) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from mbtrain import checkpoint, render, vocab
 from mbtrain.evaluate import load_model
 from mbtrain.model import Model
+from mbtrain.model.decode import kept_bytes
 from mbtrain.model.subword import Subword
 from mbtrain.request import Asked, Plan, chosen, plan, read_prompt
 
@@ -97,7 +98,7 @@ def generate(
     given = [begin + list(prompt) for prompt in prompts]
     row, patch = model.seq_len, model.patch_size
     # A prompt that fills a row is cut to what the decoder would keep of it, whatever stands beside it in the batch.
-    given = [ids if len(ids) < row else ids[len(ids) - row // 2 // patch * patch :] for ids in given]
+    given = [ids if len(ids) < row else ids[len(ids) - kept_bytes(row, patch) :] for ids in given]
     shortest, longest = min(map(len, given)), max(map(len, given))
     uniforms = _uniforms(how, len(given), n_bytes, device)
     forced = torch.full((len(given), longest - shortest + 1), -1, dtype=torch.int64)

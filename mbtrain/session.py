@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mbtrain import checkpoint, config, evaluate, hardware, metrics, plots, request, tokens, tracking, watch
 from mbtrain import sample as sampling
-from mbtrain.agreement import on_all_ranks, on_rank_0
+from mbtrain.agreement import on_all_ranks, on_rank_0, watched
 from mbtrain.checkpoint import Checkpoint, Progress, Stored
 from mbtrain.config import Config
 from mbtrain.data.mixture import Mixture, mixture
@@ -116,25 +115,19 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
         elif verdict.startswith("rank 0 ") or ranks.rank == 0:
             sys.stderr.write(f"mbtrain: {text}\n")
 
-    watching = watch.begin(ranks.rank, ranks.ranks, settings.train.lost_after_s, last_words)
+    lost_after_s = settings.train.lost_after_s
     try:
-        with _signals_noted(stopping), ExitStack() as held:
+        with watched(ranks, lost_after_s, last_words) as watching, _signals_noted(stopping), ExitStack() as held:
             sources = on_all_ranks(lambda: _open_sources(settings, ranks))
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
             settings = on_all_ranks(lambda: _as_taken_up(settings, run))
             ours = True
             yield replace(_begin(settings, run, ranks, sources, found, stopping), watching=watching)
     except Exception as error:
-        if watching and not isinstance(error, MbtrainError):  # those come on all ranks alike
-            if not watch.is_secondary(error):
-                traceback.print_exc()
-            watching.wait_for_verdict(error)
         if ranks.rank == 0 and ours:
             _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
         raise
     finally:
-        if watching:
-            watching.stop()
         stop()
 
 

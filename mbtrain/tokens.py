@@ -77,11 +77,18 @@ def load(path: str | Path, size: int, sha256: str | None = None) -> Vocabulary:
     Raises ConfigError: it cannot be read, is cut off or changed, has another size, or is not what
     `mbtrain-prep vocabulary` writes, so that not all bytes might have tokens.
     """
+    return _parsed(_content(path), path, size, sha256)
+
+
+def _content(path: str | Path) -> bytes:
     try:
-        written = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         how = "make it with mbtrain-prep vocabulary"
         raise ConfigError(f"model.vocabulary: {path}: cannot be read ({error.strerror}); {how}") from None
+
+
+def _parsed(written: bytes, path: str | Path, size: int, sha256: str | None) -> Vocabulary:
     if sha256 is not None and (got := hashlib.sha256(written).hexdigest()) != sha256:
         raise ConfigError(
             f"model.vocabulary: {path}: changed or cut off: expected sha256 {sha256}, got {got}; put back the file "
@@ -123,8 +130,8 @@ def copied(settings: Config, folder: Path) -> tuple[Config, dict[str, bytes]]:
         return settings, {}
     copy = folder / FILE_NAME
     source = copy if copy.is_file() and not Path(named).is_file() else Path(named)
-    load(source, size, settings.model.vocabulary_sha256)
-    content = source.read_bytes()
+    content = _content(source)
+    _parsed(content, source, size, settings.model.vocabulary_sha256)
     own = {"vocabulary": str(copy), "vocabulary_sha256": hashlib.sha256(content).hexdigest()}
     return _with_model(settings, **own), {FILE_NAME: content}
 

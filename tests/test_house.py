@@ -107,9 +107,9 @@ STOREYS = [
     {"mbtrain.data.windows", "mbtrain.data.words"},
     {"mbtrain.model.sequence", "mbtrain.model.flops", "mbtrain.model.loss", "mbtrain.model.patching"},
     {"mbtrain.model.layers"},
-    {"mbtrain.model.perceiver"},
     {
         "mbtrain.model.megabyte",
+        "mbtrain.model.perceiver",
         "mbtrain.model.space",
         "mbtrain.model.subword",
         "mbtrain.model",

@@ -121,9 +121,10 @@ def table(rows: list[Row], runs: Path) -> Iterator[str]:
         if not made:
             continue
         ends = [metrics.read(run / "metrics.jsonl") for run in made]
-        scores = [[line["val/bpb"] for line in lines if "val/bpb" in line][-1] for lines in ends]
-        seen = [[line["progress/bytes"] for line in lines if "progress/bytes" in line][-1] for lines in ends]
-        flops = [[line["progress/flops"] for line in lines if "progress/flops" in line][-1] for lines in ends]
+        scores, seen, flops = (
+            [next(line[key] for line in reversed(lines) if key in line) for lines in ends]
+            for key in ("val/bpb", "progress/bytes", "progress/flops")
+        )
         mean = math.fsum(scores) / len(scores)
         spread = f" ({min(scores):.4f} to {max(scores):.4f})" if len(scores) > 1 else ""
         counted = count(config.load(made[0] / "config.yaml"))

@@ -30,6 +30,7 @@ from mbtrain.model.layers import (
     Block,
     LayerCache,
     Norm,
+    Transformer,
     activate,
     document_starts,
     rotary_angles,
@@ -98,6 +99,26 @@ def _shift(x: Tensor, before: Tensor, starts: Tensor | None) -> tuple[Tensor, Te
     return torch.cat((x.narrow(1, 0, half), past), dim=-1), x.unsqueeze(1)
 
 
+def angles_of(transformer: Transformer, positions: int, like: Tensor) -> Angles | None:
+    """Rotary angles of so many positions, of the dtype and on the device of `like`; None where there are none."""
+    attention = cast(Block, transformer.blocks[0]).attn
+    if not attention.rotary:
+        return None
+    cos, sin = rotary_angles(0, positions, attention.d_head, like.device)
+    return cos.to(like.dtype), sin.to(like.dtype)
+
+
+def kept_bytes(seq_len: int, patch_size: int) -> int:
+    """What a decoder keeps of a row that is full: half of it, in whole patches."""
+    return seq_len // 2 // patch_size * patch_size
+
+
+def second_half(seen: Tensor, ids: Tensor, seq_len: int, patch_size: int) -> Tensor:
+    """The end of the bytes seen (b, n) and those to come, ids (b, m), with which a decoder goes on as a new row."""
+    ids = torch.cat((seen, ids), dim=1)
+    return ids[:, ids.shape[1] - kept_bytes(seq_len, patch_size) :]
+
+
 class Decoder:
     """Incremental logits of a batch of rows of equal length, equal to the full forward pass on the same bytes.
 
@@ -120,7 +141,8 @@ class Decoder:
             self.caches.append(stage.transformer.new_caches(batch, room, weight.detach()))
         self.steps = [[one_more(cast(Block, block)) for block in stage.transformer.blocks] for stage in self.stages]
         self.angles = [
-            self._angles(stage, caches[0].keys) for stage, caches in zip(self.stages, self.caches, strict=True)
+            angles_of(stage.transformer, caches[0].keys.shape[2], weight)
+            for stage, caches in zip(self.stages, self.caches, strict=True)
         ]
         self.outputs: list[Tensor | None] = [None] * len(self.stages)
         self.parents = [-1] * len(self.stages)
@@ -129,9 +151,7 @@ class Decoder:
     def feed(self, ids: Tensor) -> Tensor:
         """Take m >= 0 more bytes, (b, m); return the logits (b, v) of the byte after them."""
         if self.n + ids.shape[1] >= self.model.seq_len:
-            kept = self.model.seq_len // 2 // self.patch * self.patch
-            ids = torch.cat((self.ids[:, : self.n], ids), dim=1)
-            ids = ids[:, ids.shape[1] - kept :]
+            ids = second_half(self.ids[:, : self.n], ids, self.model.seq_len, self.patch)
             self._forget()
         self.ids[:, self.n : self.n + ids.shape[1]] = ids
         before, self.n = self.n, self.n + ids.shape[1]
@@ -201,15 +221,7 @@ class Decoder:
         for step, cache in zip(self.steps[s], caches, strict=True):
             x = step(x, cache, angles, now, mask)
             cache.used = n + 1
-        norm = stage.transformer.final_norm
-        return x if norm is None else cast(Tensor, norm(x))
-
-    def _angles(self, stage: Stage, keys: Tensor) -> Angles | None:
-        """Rotary angles of all positions that the cache has room for."""
-        if not cast(Block, stage.transformer.blocks[0]).attn.rotary:
-            return None
-        cos, sin = rotary_angles(0, keys.shape[2], keys.shape[3], keys.device)
-        return cos.to(keys.dtype), sin.to(keys.dtype)
+        return stage.transformer.normed(x)
 
     def _positions(self, stage: Stage, start: int, done: int, need: int, starts: Tensor | None) -> Tensor:
         """Inputs of positions done .. need (each the embedding of the one before it; the pad at 0), (b, r, d).

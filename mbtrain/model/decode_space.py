@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbtrain.model.decode import Angles, one_more
-from mbtrain.model.layers import Block, LayerCache, Transformer, rotary_angles
+from mbtrain.model.decode import angles_of, one_more, second_half
+from mbtrain.model.layers import Block, LayerCache
 from mbtrain.model.patching import ends, patches
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class SpaceDecoder:
         self.coarse_steps = [one_more(cast(Block, block)) for block in self.coarse.blocks]
         self.local_steps = [one_more(cast(Block, block)) for block in self.local.blocks]
         self.like = model.filler.detach()
-        self.coarse_angles = _angles(self.coarse, model.seq_len, self.like)
-        self.local_angles = _angles(self.local, model.seq_len, self.like)
+        self.coarse_angles = angles_of(self.coarse, model.seq_len, self.like)
+        self.local_angles = angles_of(self.local, model.seq_len, self.like)
         self.rows = torch.arange(batch, device=self.like.device)
         self.ids = torch.zeros((batch, model.seq_len), dtype=torch.int64, device=self.like.device)
         self.n = 0
@@ -52,9 +52,7 @@ class SpaceDecoder:
         """Take m >= 0 more bytes, (b, m); return the logits (b, v) of the byte after them."""
         began, m = bool(self.local_caches), ids.shape[1]
         if self.n + m >= self.model.seq_len:
-            kept = self.model.seq_len // 2 // self.model.patch_size * self.model.patch_size
-            ids = torch.cat((self.ids[:, : self.n], ids), dim=1)
-            ids = ids[:, ids.shape[1] - kept :]
+            ids = second_half(self.ids[:, : self.n], ids, self.model.seq_len, self.model.patch_size)
             self.n, began = 0, False
         self.ids[:, self.n : self.n + ids.shape[1]] = ids
         self.n += ids.shape[1]
@@ -81,10 +79,7 @@ class SpaceDecoder:
         mask = ((t >= first.unsqueeze(-1)) & (t <= t.unsqueeze(-1))).unsqueeze(1)
         self.local_caches = self.local.new_caches(len(ids), max(x.shape[1], 2 * model.back) + 1, self.like)
         self.turned = 0  # the blocks counted rotary positions from the first key
-        for block, cache in zip(self.local.blocks, self.local_caches, strict=True):
-            x = block(x, cache, None, mask)
-            cache.used = x.shape[1]
-        return _normed(self.local, x[:, -1])
+        return self.local.run(x, self.local_caches, None, mask)[:, -1]
 
     def _next(self) -> Tensor:
         """Go on by the byte before n; returns the local stage's output for byte n, (b, d)."""
@@ -105,7 +100,7 @@ class SpaceDecoder:
         for step, cache in zip(self.local_steps, self.local_caches, strict=True):
             x = step(x, cache, angles, None, looked_at[:, None, None])
             cache.used += 1
-        return _normed(self.local, x)
+        return self.local.normed(x)
 
     def _slide(self) -> None:
         """Where many local keys are kept, keep those alone that the next position may look at."""
@@ -141,7 +136,7 @@ class SpaceDecoder:
             own = LayerCache(*_gathered(cache, rows, keys.clamp(min=0)), cache.attn_last, cache.ffn_last, used=width)
             x = step(x, own, angles, None, mask)
             cache.keys[rows, :, at], cache.values[rows, :, at] = own.keys[:, :, width], own.values[:, :, width]
-        self.output[rows] = _normed(self.coarse, x)
+        self.output[rows] = self.coarse.normed(x)
 
 
 def _gathered(cache: LayerCache, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,16 +145,3 @@ def _gathered(cache: LayerCache, rows: Tensor, which: Tensor) -> tuple[Tensor, T
         F.pad(kept[rows.unsqueeze(1), :, which].transpose(1, 2), (0, 0, 0, 1)) for kept in (cache.keys, cache.values)
     )
     return keys, values
-
-
-def _angles(transformer: Transformer, positions: int, like: Tensor) -> Angles | None:
-    """Rotary angles of so many positions, as `like`; None where there are none."""
-    attention = cast(Block, transformer.blocks[0]).attn
-    if not attention.rotary:
-        return None
-    cos, sin = rotary_angles(0, positions, attention.d_head, like.device)
-    return cos.to(like.dtype), sin.to(like.dtype)
-
-
-def _normed(transformer: Transformer, x: Tensor) -> Tensor:
-    return x if transformer.final_norm is None else cast(Tensor, transformer.final_norm(x))

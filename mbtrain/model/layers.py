@@ -405,16 +405,23 @@ class Transformer(nn.Module):
             apart = (starts[:, -x.shape[1] :], same_document(starts, looking))
         elif self.cross_patch and caches is None:
             apart = (None, across_mask(x.shape[0], patches, x.shape[1], self.cross_patch, x.device))
-        for i, block in enumerate(self.blocks):
+        return self.run(x, caches, *apart)
+
+    def run(self, x: Tensor, caches: list[LayerCache] | None, *apart: Tensor | None, first: int = 0) -> Tensor:
+        """The blocks from `first` on, whose caches these are, and the final norm; apart: Block's starts and mask."""
+        for i, block in enumerate(list(self.blocks)[first:]):
             if caches is not None:
                 x = block(x, caches[i], *apart)
             elif self.checkpointing and self.training:
                 x = checkpoint(block, x, None, *apart, use_reentrant=False)
             else:
                 x = block(x, None, *apart)
-        if caches is not None:
-            for cache in caches:
-                cache.used += x.shape[1]
+        for cache in caches or ():
+            cache.used += x.shape[1]
+        return self.normed(x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The final norm of what the last block gave, where there is one."""
         return x if self.final_norm is None else cast(Tensor, self.final_norm(x))
 
     def new_caches(self, batch: int, room: int, like: Tensor) -> list[LayerCache]:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mbtrain.config import BlockConfig, InitConfig, ModelConfig, StageConfig
+from mbtrain.model.decode import second_half
 from mbtrain.model.layers import (
     NORM_EPS,
     FeedForward,
@@ -126,15 +127,7 @@ class Latents(Transformer):
 
     def rest(self, x: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
         """The other layers and the final norm, on latents of one pass (or, with caches, the next ones of it)."""
-        for i, block in enumerate(self.blocks[1:]):
-            if caches is not None:
-                x = block(x, caches[i])
-                caches[i].used += x.shape[1]
-            elif self.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x if self.final_norm is None else cast(Tensor, self.final_norm(x))
+        return self.run(x, caches, first=1)
 
 
 class PerceiverAR(nn.Module):
@@ -233,8 +226,7 @@ class Decoder:
         """Take m >= 0 more bytes, (b, m); return the logits (b, v) of the byte after them."""
         model = self.model
         if self.n + ids.shape[1] >= model.seq_len:
-            ids = torch.cat((self.ids[:, : self.n], ids), dim=1)
-            ids = ids[:, ids.shape[1] - model.seq_len // 2 :]
+            ids = second_half(self.ids[:, : self.n], ids, model.seq_len, model.patch_size)
             self._forget()
         self.ids[:, self.n : self.n + ids.shape[1]] = ids
         self.n += ids.shape[1]

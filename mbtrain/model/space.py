@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mbtrain.config import ModelConfig
 from mbtrain.model.decode_space import SpaceDecoder
@@ -106,13 +105,7 @@ class SpaceMegabyte(Megabyte):
         coarse = self.coarse.transformer(self.coarse_inputs(ids, where, k))
         x = self.local_inputs(F.pad(ids, (1, -1)), where, coarse)
         mask = window_mask(self.looks_from(where), self.chunk, self.back)
-        transformer = self.local.transformer
-        for block in transformer.blocks:
-            if transformer.checkpointing and self.training:
-                x = checkpoint(block, x, None, None, mask, use_reentrant=False)
-            else:
-                x = block(x, None, None, mask)
-        return self.logits(x if transformer.final_norm is None else transformer.final_norm(x))
+        return self.logits(self.local.transformer.run(x, None, None, mask))
 
     def coarse_inputs(self, ids: Tensor, where: Patches, k: int) -> Tensor:
         """Eqs. 1 and 2: k positions, each the patch before it, (b, k, d), of ids (b, t) in less than k + 1 patches.

@@ -96,9 +96,8 @@ class Subword(nn.Module):
         given = np.array([vocab.BOUNDARY] * begin + list(prompt), np.int64)
         seen = self.vocabulary.encode([given if len(given) < row else given[len(given) - row // 2 :]])[0]
         decoder, new = self.transformer.decoder(1), seen
-        out = bytearray()
+        out, device = bytearray(), next(self.parameters()).device
         for number in range(n_bytes):
-            device = next(self.parameters()).device
             logits = decoder.feed(torch.tensor([new], dtype=torch.int64, device=device).view(1, -1))
             if not ends:
                 logits = logits.index_fill(1, torch.tensor([boundary], device=device), -torch.inf)
