@@ -375,6 +375,41 @@ def vocabulary(*path: str, **given: str) -> None:
     finish(figures, as_json)
 
 
+def task(*name: str, **given: str) -> None:
+    """mbtrain-prep task words|addition|actions --out=DIR [--seed=N] [--lines=N] [options]
+
+    Makes a data set of lines whose rules are known exactly, to see whether a model learns them; `mbtrain eval-task RUN`
+    marks what it makes. The lines stand in DIR/<task>.txt, too. The same options give the same files.
+
+      words       words; consonants and vowels alternate, no letter comes twice, first letters differ for four words
+      addition    A + B = C; with A and B in 0..100
+      actions     DATA ACTION RESULT; where a digit says which letters of this line, or of the one before, come again
+
+      --out=DIR         folder of the data set
+      --seed=N          other lines for each                                                             (0)
+      --lines=N         lines to train on           (words 8000, addition 8000, actions 50000); for validation a tenth
+      --overwrite       replace what another job made in DIR
+      --json            last line on stdout: {"samples", "bytes", "shards", "found", "duplicates", "rejected", ...}
+
+    Example:
+      mbtrain-prep task actions --out=shards/actions
+      mbtrain train configs/tasks/actions.yaml && mbtrain eval-task runs/actions
+    """
+    options = _options(given, dict.fromkeys(("out", "seed", "lines", "overwrite", "json"), ""))
+    if len(name) != 1:
+        raise ConfigError(f"TASK: expected one of words, addition, actions, got {' '.join(name) or 'nothing'}")
+    if not options["out"]:
+        raise ConfigError("--out: expected a folder, got nothing; give --out=DIR")
+    seed = number("--seed", options["seed"] or "0", int, 0)
+    lines = number("--lines", options["lines"], int, 1) if options["lines"] else None
+    overwrite, as_json = flag("--overwrite", options["overwrite"]), flag("--json", options["json"])
+
+    from data_prep.tasks import make_task
+
+    out = Path(options["out"])
+    _report(make_task(name[0], out, seed=seed, lines=lines, overwrite=overwrite), out, as_json)
+
+
 _HELP = """mbtrain-prep: raw files -> shards for mbtrain train
 
   mbtrain-prep text SRC... --out=DIR    make a data set of documents
@@ -385,6 +420,7 @@ _HELP = """mbtrain-prep: raw files -> shards for mbtrain train
   mbtrain-prep verify DIR               check every byte of a data set against its hashes
   mbtrain-prep stats DIR                samples, lengths, bytes, compressors as baselines, and a page to look at
   mbtrain-prep vocabulary DIR           make a vocabulary of tokens of a data set, for models with model.kind=subword
+  mbtrain-prep task NAME --out=DIR      make a data set of a small task with exact rules: words, addition, actions
 
 Options are --key=value. `mbtrain-prep VERB --help` shows those of a verb, with examples.
 Progress goes to stderr. Exit status: 0 done, 2 a mistake or bad data (one line says which), 130 interrupted.
@@ -402,6 +438,7 @@ PROGRAM = Program(
         "verify": verify,
         "stats": stats,
         "vocabulary": vocabulary,
+        "task": task,
     },
     flags=("strict", "overwrite", "json", "dry-run", "dry_run", "draft", "full"),
     help=_HELP,

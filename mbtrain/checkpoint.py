@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step_0000001000/
         weights-00000-of-00002.safetensors     fp32, "<name>@<start>": a stretch of a parameter, flat, from that element
-        moments-00000-of-00002.safetensors     "exp_avg.<name>@<start>", "exp_avg_sq.<name>@<start>"
+        moments-00000-of-00002.safetensors     "exp_avg.<name>@<start>", "exp_avg_sq.<name>@<start>", or what else the
+                                               optimizer keeps; "trained.<name>@<start>" where it evaluates averages
         checkpoint.json                        step, position, counts, MLflow run, shapes, sha256 of each file; last
 
 Each rank writes what it owns under ZeRO; a reader takes any stretch of any parameter from all files together. So any
@@ -30,7 +31,9 @@ from mbtrain.errors import CheckpointError
 from mbtrain.shards import file_sha256, sync_folder, whole_file
 
 FORMAT = 2
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+WEIGHT = "weight"  # what is evaluated, sampled from and exported
+TRAINED = "trained"  # the weights that training goes on from, where those evaluated are averages
+KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")  # of AdamW
 PIECE_BYTES = 1 << 24  # hashed and written at a time
 
 
@@ -42,13 +45,15 @@ class Progress:
     position         next id of the training stream
     bytes            real bytes trained on (boundaries not counted)
     elapsed_s        time spent training, over all parts of the run
-    optimizer_steps  updates that AdamW made
+    optimizer_steps  updates that the optimizer made
+    optimizer        what it keeps once, not of each element: schedule_free's sums
     source_bytes     real bytes trained on of each source, in the configuration's order
     loss_scaler      fp16's dynamic scale; empty otherwise
     rows_digest      sum, modulo 2**64, of a hash of each row read so far and its number: whatever the ranks and
                      batches, runs with the same sum have read the same rows, each as often
     recent_losses    the last good losses, nats a target, where spikes are looked for
     bad_steps        the last steps that were not finite or spiked
+    noise            with log.noise_scale: the squared gradient and its noise, smoothed (noise_scale.py)
     """
 
     step: int = 0
@@ -63,6 +68,8 @@ class Progress:
     rows_digest: int = 0
     recent_losses: list[float] = field(default_factory=list)
     bad_steps: list[int] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)
+    optimizer: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Checkpoint:
 
 
 class Fragment(NamedTuple):
-    """A stretch of one parameter, from element `start` on: by kind (weight, exp_avg, exp_avg_sq) flat fp32 tensors."""
+    """A stretch of one parameter, from element `start` on: by kind (weight, exp_avg, ...) flat fp32 tensors."""
 
     name: str
     start: int
@@ -253,16 +260,32 @@ class Stored:
                     self._stretches.setdefault((kind, name), []).append((int(start), int(start) + numel, file, key))
         except (SafetensorError, ValueError, OSError) as error:
             raise CheckpointError(f"{self.path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
-        for kind in KINDS:
-            for name, shape in self.shapes.items():
-                stretches = self._stretches.setdefault((kind, name), [])
-                stretches.sort(key=lambda stretch: stretch[:2])
-                ends = [0, *(end for _, end, _, _ in stretches)]
-                if [start for start, *_ in stretches] != ends[:-1] or ends[-1] != math.prod(shape):
-                    raise CheckpointError(f"{self.path}: its stretches of {kind} {name} do not make {list(shape)}")
+        for name in self.shapes:
+            self._stretches.setdefault((WEIGHT, name), [])  # which must be there; the rest is up to must_hold
+        for (kind, name), stretches in self._stretches.items():
+            shape = self.shapes.get(name, ())
+            stretches.sort(key=lambda stretch: stretch[:2])
+            ends = [0, *(end for _, end, _, _ in stretches)]
+            if [start for start, *_ in stretches] != ends[:-1] or ends[-1] != math.prod(shape):
+                raise CheckpointError(f"{self.path}: its stretches of {kind} {name} do not make {list(shape)}")
+
+    @property
+    def averages(self) -> bool:
+        """Whether weights were evaluated that are averages, beside those that were trained."""
+        return any(kind == TRAINED for kind, _ in self._stretches)
+
+    def must_hold(self, kinds: Mapping[str, tuple[str, ...]], optimizer: str) -> None:
+        """Raise CheckpointError where the state of a parameter is not by these kinds, those of this optimizer."""
+        for name, expected in kinds.items():
+            got = sorted(kind for kind, of in self._stretches if of == name and kind != WEIGHT)
+            if got != sorted(expected):
+                raise CheckpointError(
+                    f"{self.path}: is another optimizer's: of {name} it has {', '.join(got) or 'nothing'}, expected "
+                    f"{', '.join(expected)} for optim.name={optimizer}; go on with its own, or begin another run"
+                )
 
     def part(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements start .. start + numel of a parameter's weight, exp_avg or exp_avg_sq, flat, fp32."""
+        """Elements start .. start + numel of what is kept of a parameter under this kind, flat, fp32."""
         pieces = [
             file.get_slice(key)[max(start - first, 0) : min(start + numel, end) - first]
             for first, end, file, key in self._stretches[kind, name]
@@ -271,15 +294,16 @@ class Stored:
         return pieces[0] if len(pieces) == 1 else torch.cat([torch.empty(0), *pieces])
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """All of a parameter's weight, exp_avg or exp_avg_sq, in its shape, fp32."""
+        """All of what is kept of a parameter under this kind, in its shape, fp32."""
         shape = self.shapes[name]
         return self.part(kind, name, 0, math.prod(shape)).view(shape)
 
 
-def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """fp32 weights by parameter name."""
+def load_weights(checkpoint: Checkpoint, last: bool = False) -> dict[str, Tensor]:
+    """fp32 weights by parameter name: those that are evaluated; last: those trained, where the others are averages."""
     stored = Stored(checkpoint)
-    return {name: stored.whole("weight", name) for name in checkpoint.shapes}
+    kind = TRAINED if last and stored.averages else WEIGHT
+    return {name: stored.whole(kind, name) for name in checkpoint.shapes}
 
 
 def must_fit(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> None:

@@ -74,6 +74,7 @@ def eval(
     batch: str = "8",
     limit: str = "",
     precision: str = "as-trained",
+    weights: str = "averaged",
     json: str = "",
     **unknown: str,
 ) -> None:
@@ -92,9 +93,11 @@ def eval(
       --batch=N         windows at a time: memory and speed, no number                                         (8)
       --limit=BYTES     only the first rows that hold so many
       --precision=P     as-trained (as the training's own validation computes), fp32, bf16 or autocast
+      --weights=W       averaged or last, where the run averages its weights (optim.ema, schedule_free)  (averaged)
       --json            last line on stdout: {"bpb", "bpb_low", "bpb_high", "nats", "bytes", "split", "mode", "step",
-                        "precision", "by_source", "by_source_interval", "documents", "words", "word_perplexity",
-                        "by_position", "by_depth", "plot"}; of images "bits_per_dimension", which is bpb
+                        "precision", "weights", "by_source", "by_source_interval", "documents", "words",
+                        "word_perplexity", "by_position", "by_depth", "plot"}; of images "bits_per_dimension", which is
+                        bpb
 
     It writes RUN/plots/eval_SPLIT_MODE.png, where the bits come from: by position in the patch and by depth of context;
     and for `mbtrain compare` RUN/eval_SPLIT_MODE.json, of a whole split of the run's own data.
@@ -110,14 +113,21 @@ def eval(
         raise ConfigError(f"--mode: expected basic, sliding, strided or both, got {mode!r}")
     if precision not in ("as-trained", "fp32", "bf16", "autocast"):
         raise ConfigError(f"--precision: expected as-trained, fp32, bf16 or autocast, got {precision!r}")
-    as_json, rows = flag("--json", json), number("--batch", batch, int, 1)
+    as_json, rows, last = flag("--json", json), number("--batch", batch, int, 1), _last(weights)
     limit_bytes = number("--limit", limit, int, 1) if limit else None
     path = _one_run(run)
 
     from mbtrain.evaluation import evaluate_run, lines_of
 
     figures = evaluate_run(
-        path, split=split, mode=mode, data=data or None, batch=rows, limit_bytes=limit_bytes, precision=precision
+        path,
+        split=split,
+        mode=mode,
+        data=data or None,
+        batch=rows,
+        limit_bytes=limit_bytes,
+        precision=precision,
+        last=last,
     )
     if os.environ.get("RANK", "0") == "0":
         for line in lines_of(figures, partly=limit_bytes is not None):
@@ -127,6 +137,46 @@ def eval(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # as after a training: a thread of the process group that wakes now would abort it
+
+
+def eval_task(
+    *run: str, task: str = "", samples: str = "", seed: str = "0", temperature: str = "", json: str = "", **unknown: str
+) -> None:
+    """mbtrain eval-task RUN [--task=words|addition|actions|code] [--samples=N] [--json]
+
+    Marks what a run has learnt of a small task (`mbtrain-prep task`) by the task's exact rules, and prints all that one
+    wants to know of the experiment. Prompts are lines of the validation split.
+
+      words       the share of words made that keep all rules
+      addition    the share of lines made that are of the form, and that are also right; pairs that were not trained on
+                  are counted apart
+      actions     for each action: ten lines and a line through its digit; right if it goes on with result, `;`, newline
+      code        any text: loss and a sample, no score
+
+      --task=NAME        what is asked for                                       (what the data set was made for)
+      --samples=N        lines marked; of actions, of each action                 (words, addition 1000; actions 100)
+      --temperature=X    words and addition are drawn as the model says (1), of actions the likeliest is taken (0)
+      --seed=N           other prompts, other samples                                                          (0)
+      --json             last line on stdout: {"task", "score", "scores", "counts", "samples", "learnt", "bpb",
+                         "val_nats_per_byte", "floor_nats_per_byte", "minutes", "parameters", ...}
+
+    Example:
+      mbtrain-prep task actions --out=shards/actions
+      mbtrain train configs/tasks/actions.yaml
+      mbtrain eval-task runs/actions
+    """
+    no_unknown(eval_task, unknown)
+    as_json = flag("--json", json)
+    heat = float(number("--temperature", temperature, float, 0)) if temperature else None
+    number_of = number("--samples", samples, int, 1) if samples else None
+
+    from mbtrain.tasks import report
+
+    at = number("--seed", seed, int, 0) % 2**63
+    figures = report.evaluate_task(_one_run(run), task=task or None, samples=number_of, seed=at, temperature=heat)
+    for line in report.lines_of(figures):
+        write(line)
+    finish(figures, as_json)
 
 
 def sample(
@@ -144,6 +194,7 @@ def sample(
     seed: str = "0",
     out: str = "",
     raw: str = "",
+    weights: str = "averaged",
     json: str = "",
     **unknown: str,
 ) -> None:
@@ -165,6 +216,7 @@ def sample(
       --seed=N           another seed, another continuation                          (0)
       --out=FILE         where it is written                          (RUN/samples/...)
       --raw=FILE         the bytes themselves as well, row after row, in the order in which the model reads them
+      --weights=W        averaged or last, where the run averages its weights                 (averaged)
       --json             last line on stdout: {"path", "bytes", "bytes_per_s"}, and "paths" where there are several
 
     Examples:
@@ -194,7 +246,8 @@ def sample(
 
     start = prompt.encode("utf-8", "surrogateescape")
     asked = Asked(start, prompt_file, prompt_bytes, **wanted, source=source, shape=shape)
-    made = sampling.sample_run(_one_run(run), asked, sampling.Sampling(**limits), out or None, raw or None)
+    how, last = sampling.Sampling(**limits), _last(weights)
+    made = sampling.sample_run(_one_run(run), asked, how, out or None, raw or None, last)
     for line in sampling.lines_of(made):
         write(line)
     sys.stderr.write(sampling.headline(made) + "\n")
@@ -230,8 +283,8 @@ def summary(*run: str, prompt: str = "", json: str = "", **unknown: str) -> None
     finish(asdict(figures), as_json)
 
 
-def export(*run: str, out: str = "", json: str = "", **unknown: str) -> None:
-    """mbtrain export RUN --out=DIR
+def export(*run: str, out: str = "", weights: str = "averaged", json: str = "", **unknown: str) -> None:
+    """mbtrain export RUN --out=DIR [--weights=averaged|last]
 
     Writes weights.safetensors, config.yaml and SHA256SUMS, reloads them and compares the logits bit for bit. To load:
 
@@ -239,16 +292,17 @@ def export(*run: str, out: str = "", json: str = "", **unknown: str) -> None:
       model = export.load("DIR")
       logits = model(torch.tensor([list(b"any bytes")]))
 
+    --weights: of a run that averages its weights (optim.ema, schedule_free), these or the last ones (averaged).
     --json: last line on stdout: {"path"}
     """
     no_unknown(export, unknown)
     if not out:
         raise ConfigError("--out: expected a folder, got nothing; give --out=DIR")
-    as_json = flag("--json", json)
+    as_json, last = flag("--json", json), _last(weights)
 
     from mbtrain.export import export_run
 
-    path = export_run(_one_run(run), out)
+    path = export_run(_one_run(run), out, last)
     write(f"{path}: weights.safetensors, config.yaml and SHA256SUMS, reloaded and compared")
     finish({"path": path}, as_json)
 
@@ -360,6 +414,199 @@ def compare(
     for path in made.pictures:
         write(str(path))
     finish(asdict(made), as_json)
+
+
+def sweep(
+    *config: str,
+    out: str = "",
+    share: str = "",
+    retry: str = "",
+    report: str = "",
+    json: str = "",
+    seeds: str = "",
+    widths: str = "",
+    which: str = "",
+    shrink: str = "",
+    draws: str = "",
+    name: str = "",
+    jobs: str = "",
+    threads: str = "",
+    **options: str,
+) -> None:
+    """mbtrain sweep CONFIG [--grid.section.key=A,B ...] [--seeds=0,1] [--out=DIR] [--section.key=value ...] [options]
+
+    Trains an experiment many times, with other values of some of its keys: side by side on the cores or GPUs that are
+    there, each trial an ordinary run in SWEEP/runs/. CONFIG is an experiment, to which the axes are given here; or a
+    sweep file (configs/sweeps/; mbtrain/sweep/spec.py has the format); or the folder of a sweep, to go on with it.
+    All trials are checked before the first one starts.
+
+      --grid.section.key=A,B        an axis: every combination of the axes is tried
+      --widths=1,2,4 --which=W      an axis `width`: the stages so many times as wide; W: both, global, local or
+                                    depth, or several of them                                                 (both)
+      --shrink=8                    the experiment at 1/8 of its width, for `mbtrain transfer`
+      --random.section.key=A:B:log  drawn between A and B (log: evenly in the logarithm), or one of a list A,B,C
+      --draws=N                     so many draws, the same ones at each point of the grid
+      --seeds=0,1                   train.seed                                                                   (0)
+      --section.key=value           any setting, for all trials
+      --name=NAME --out=DIR         its name, and its folder                                         (sweeps/<name>)
+      --jobs=J --threads=T          trials at a time, threads of each    (one on each GPU; else one a core, 1 thread)
+      --share=I/N                   the I-th of N shares of the trials, counted from 0; only needed where several
+                                    runners share a folder whose file system has no locks
+      --retry                       try again what failed
+      --report                      trains nothing: writes SWEEP/report.md, report.json and pictures of what is there;
+                                    of several LRs the best at each width, its shift, and whether it transfers
+      --json                        last line on stdout: {"folder", "trials", "finished", "failed", "diverged",
+                                    "running", "left", "best": {"name", "val/bpb"}}
+
+    The same command goes on after a kill: what is finished is not trained again, what is not goes on from its last
+    checkpoint. The sweep may have grown meanwhile. Several runners may work on one folder at once, on several machines
+    too (launch/sweep.slurm). SIGTERM, SIGUSR1 and Ctrl-C let the trials save and end; a second one kills them. A trial
+    that is killed is tried once more, one that diverges is stopped and noted. In MLflow the trials stand below one
+    parent run. Samples are off unless sample.at_end is set.
+
+    Exit status: 0 done, 1 some failed or were stopped, 2 a mistake, 143 stopped.
+
+    Examples:
+      mbtrain sweep configs/quickstart.yaml --grid.optim.lr=5e-4,1e-3,2e-3 --seeds=0,1 --train.minutes=1
+      mbtrain sweep configs/quickstart.yaml --widths=1,2,4 --grid.optim.lr=1e-3,2e-3,4e-3 --name=widths
+      mbtrain sweep configs/quickstart.yaml --random.optim.lr=1e-4:1e-2:log --random.optim.eps=1e-8,1e-6 --draws=20
+      mbtrain sweep sweeps/widths
+      mbtrain sweep sweeps/widths --report
+    """
+    as_json, again, only_report = flag("--json", json), flag("--retry", retry), flag("--report", report)
+    if len(config) != 1:
+        raise ConfigError(f"CONFIG: expected one experiment, sweep file or sweep folder, got {len(config)}")
+
+    from mbtrain.sweep import spec as specs
+
+    unknown = [key for key in options if "." not in key]
+    if unknown:
+        no_unknown(sweep, {unknown[0]: ""})
+    of_spec = {"seeds": seeds, "widths": widths, "which": which, "shrink": shrink, "draws": draws, "name": name}
+    of_spec |= {"jobs": jobs, "threads": threads}
+    given = {key: value for key, value in of_spec.items() if value}
+    spec = specs.read(config[0], {**given, **{key: str(value) for key, value in options.items()}})
+    folder = Path(out or (config[0] if Path(config[0]).is_dir() else f"sweeps/{spec.name}"))
+    if only_report:
+        from mbtrain.sweep.report import report as draw
+
+        drawn = draw(folder)
+        for line in drawn.lines:
+            write(line)
+        finish(drawn.figures, as_json)
+        return
+
+    from mbtrain.sweep import run as runner
+
+    figures = runner.sweep(spec, folder, share=specs.share(share), retry=again)
+    for line in runner.in_words(figures):
+        write(line)
+    stopped, unfinished = figures.pop("stopped"), figures.pop("unfinished")
+    finish(figures, as_json)
+    if stopped or unfinished or figures["failed"]:
+        sys.stdout.flush()
+        sys.exit(143 if stopped else 1)
+
+
+def transfer(*what: str, out: str = "", json: str = "", **overrides: str) -> None:
+    """mbtrain transfer SWEEP CONFIG --out=FILE [--section.key=value ...] [--json]
+
+    Writes CONFIG with what a sweep of a smaller model found: the LR by the parabola through the best one tried and its
+    neighbours, of all other keys swept the best point; and model.parametrization=mup with the small model's widths as
+    the base, so that those values hold at CONFIG's widths. FILE begins with where they come from and how sure they are.
+
+      --out=FILE             where it is written
+      --section.key=value    any setting of CONFIG, but not of what the sweep tried
+      --json                 last line on stdout: {"path", "lr", "log2_lr", "standard_error", "edge", "seeds", "bpb",
+                             "values", "base", "warnings"}
+
+    Examples:
+      mbtrain sweep configs/quickstart.yaml --shrink=8 --grid.optim.lr=2e-3,4e-3,8e-3,16e-3,32e-3 --train.minutes=1
+      mbtrain transfer sweeps/quickstart configs/quickstart.yaml --out=quickstart_mup.yaml
+      mbtrain train quickstart_mup.yaml
+    """
+    as_json = flag("--json", json)
+    unknown = [key for key in overrides if "." not in key]
+    if unknown:
+        no_unknown(transfer, {unknown[0]: ""})
+    if len(what) != 2:
+        raise ConfigError(f"SWEEP, CONFIG: expected a sweep's folder and an experiment, got {len(what)} of them")
+    if not out:
+        raise ConfigError("--out: expected a file, got nothing; give --out=FILE")
+
+    from mbtrain.sweep.transfer import transfer as transferred
+
+    made = transferred(what[0], what[1], out, {key: str(value) for key, value in overrides.items()})
+    for line in made.lines:
+        write(line)
+    finish(made.figures, as_json)
+
+
+def coord_check(
+    *config: str,
+    widths: str = "1,2,4,8",
+    which: str = "both",
+    steps: str = "10",
+    seeds: str = "2",
+    lr: str = "",
+    out: str = "",
+    json: str = "",
+    **overrides: str,
+) -> None:
+    """mbtrain coord-check CONFIG [--widths=1,2,4,8] [--which=both|global|local|all|depth] [--section.key=value ...]
+
+    Does the LR of a small model hold for a large one? Models of these widths train for some steps on one small batch;
+    the slopes of all tensors' sizes and changes, and of what each weight's update does, against the width say so, and
+    name the weight that is at fault. Every slope of a muP model (model.parametrization=mup) is in its band; sp fails.
+    It writes OUT/<family>.png and OUT/report.md, and the table to stderr. Rows are the configuration's data, cut to
+    some 64 bytes; without data, sources of Python's standard library.
+
+      --widths=A,B,...   factors on d_model, d_ff and n_heads of CONFIG (of n_layers, for depth), as 2, 0.5 or 1/8
+      --which=FAMILY     both: all stages together; global: all but the last; local: the last; all: these three, since a
+                         rule that takes the width of another stage shows only where one grows alone; depth     (both)
+      --steps=N          measured before training, after steps 1 and 3, and after the last                      (10)
+      --seeds=N          means over so many are fitted; bands are for two or more and four widths                (2)
+      --lr=X             constant LR, where the base is                                                   (optim.lr)
+      --out=DIR          where pictures and the report are written                      (coord_check/<name of CONFIG>)
+      --json             last line on stdout: {"passed", "parametrization", "report", "families"}
+
+    Exit status: 0 all slopes are in their bands, 1 some are not, 2 a mistake.
+
+    Examples:
+      mbtrain coord-check configs/quickstart.yaml --model.parametrization=mup --widths=1/2,1,2 --which=all
+      mbtrain coord-check configs/quickstart.yaml --model.parametrization=mup --which=depth --widths=1,2,4
+    """
+    as_json = flag("--json", json)
+    unknown = [key for key in overrides if "." not in key and key != "name"]
+    if unknown:
+        no_unknown(coord_check, {unknown[0]: ""})
+    if len(config) != 1:
+        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    n_steps, n_seeds = number("--steps", steps, int, 1), number("--seeds", seeds, int, 1)
+    peak = number("--lr", lr, float, 1e-12) if lr else None
+
+    from mbtrain import config as configuration
+    from mbtrain import coord_check as check
+
+    settings = configuration.load(config[0], {key: str(value) for key, value in overrides.items()})
+    report = check.coord_check(
+        settings,
+        Path(out or f"coord_check/{settings.name}"),
+        which=check.families(which, settings),
+        factors=check.factors(widths),
+        steps=n_steps,
+        seeds=n_seeds,
+        lr=peak,
+        say=_say,
+    )
+    for line in check.lines_of(report):
+        _say(line)
+    for one in report.checked:
+        write(f"{one.picture}: {check.verdict(one.slopes)}")
+    finish(check.figures(report), as_json)
+    if not report.passed:
+        sys.stdout.flush()
+        sys.exit(1)
 
 
 def flops(*config: str, gpu: str = "A100,H100", mfu: str = "0.4", json: str = "", **overrides: str) -> None:
@@ -689,12 +936,24 @@ def doctor(
         sys.exit(2)
 
 
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def _file_and_run(file: Sequence[str], run: str) -> str:
     if len(file) != 1:
         raise ConfigError(f"FILE: expected one file, got {len(file)}")
     if not run:
         raise ConfigError("--run: expected a run directory or checkpoint, got nothing; give --run=RUN")
     return file[0]
+
+
+def _last(weights: str) -> bool:
+    """Whether --weights asks for those that were trained, where a run keeps averages of them too."""
+    if weights not in ("averaged", "last"):
+        raise ConfigError(f"--weights: expected averaged or last, got {weights!r}")
+    return weights == "last"
 
 
 def _one_run(run: Sequence[str]) -> str:
@@ -707,12 +966,16 @@ _HELP = """mbtrain: train multiscale byte models on raw bytes
 
   mbtrain train CONFIG           train; alone or under deepspeed, torchrun, srun
   mbtrain eval RUN               exact bits per byte of a split, with intervals, in four modes
+  mbtrain eval-task RUN          what it has learnt of a small task with exact rules, marked
   mbtrain sample RUN             make text, pictures or sound, from nothing or after a prompt
   mbtrain compare RUN RUN ...    one page: curves, scores, costs, settings and samples of several runs
   mbtrain summary RUN            its score beside compressors, speed, where things are
   mbtrain export RUN --out=DIR   safetensors and configuration, loadable in three lines
   mbtrain compress FILE          lossless, by what a run's model predicts; its size proves the score
   mbtrain decompress FILE.mbz    the very same bytes back
+  mbtrain sweep CONFIG           many runs side by side, over values and seeds; killed, it goes on
+  mbtrain transfer SWEEP CONFIG  what a sweep of a small model found, as the configuration of a large one
+  mbtrain coord-check CONFIG     is its LR that of wider models too? every tensor's slope against the width
   mbtrain flops CONFIG           parameters, operations, memory and GPU hours by formula
   mbtrain bench WHAT             measure against MEGABYTE-pytorch and against a bare loop
   mbtrain doctor [CONFIG]        is every host ready for a long run? what is wrong, and what to do
@@ -731,12 +994,16 @@ PROGRAM = Program(
     verbs={
         "train": train,
         "eval": eval,
+        "eval-task": eval_task,
         "sample": sample,
         "compare": compare,
         "summary": summary,
         "export": export,
         "compress": compress,
         "decompress": decompress,
+        "sweep": sweep,
+        "transfer": transfer,
+        "coord-check": coord_check,
         "flops": flops,
         "bench": bench,
         "doctor": doctor,
@@ -745,7 +1012,7 @@ PROGRAM = Program(
         "sync": sync,
         "ui": ui,
     },
-    flags=("json", "resume", "quick", "full", "overwrite"),
+    flags=("json", "resume", "quick", "full", "overwrite", "retry", "report"),
     help=_HELP,
 )
 

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -49,6 +49,8 @@ class StageConfig(_Section):
                 the division leaves over stays empty at the input and is not handed to the finer stage
     d_ff        width of the feed-forward layer; None means 4 * d_model
     window      of the coarsest stage: a position looks at so many positions, its own included; None: at all before it
+    base_*      model.parametrization=mup: the stage in which lr, init and the like were tuned, whose width, depth and
+                width per head this one's are measured by (model/mup.py); None: as here. sp: not looked at
     """
 
     patch_size: Positive
@@ -57,6 +59,9 @@ class StageConfig(_Section):
     n_heads: Positive
     d_ff: Positive | None = None
     window: Positive | None = None
+    base_d_model: Positive | None = None
+    base_n_layers: Positive | None = None
+    base_d_head: Positive | None = None
 
     @property
     def d_byte(self) -> int:
@@ -88,6 +93,38 @@ class BlockConfig(_Section):
     qk_norm: bool
     token_shift: bool
     dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+class BaseStage(NamedTuple):
+    """The shapes of a stage at its base: what muP measures a stage by."""
+
+    d_model: int
+    d_byte: int
+    ff_width: int
+    d_head: int
+    n_layers: int
+
+
+class MupConfig(_Section):
+    """Switches of model.parametrization=mup (model/mup.py has the rules). All factors are 1 at base.
+
+    embedding_lr_power  e: LRs of tables and pads fall as width ** -e; 0 is muP, 1/2 what u-muP does
+    readout             (a, b, c): logits are multiplied by width ** -a, the readout's init falls as ** -b, its LR as
+                        ** -c. a + b = a + c = 1 is muP; (1/2, 0, 1/2) has logits as large at the start as at base
+    attention_power     q k is divided by width per head ** this: 1 is muP, 1/2 the usual
+    depth_power         alpha: branches are multiplied by depth ** -alpha, LRs in blocks by depth ** (alpha - 1)
+                        (CompleteP, arXiv 2505.01618: 1)
+    decay               rescaled: LR times weight decay is as at base; coupled: weight decay is as at base, and a
+                        smaller LR decays less
+    eps                 Adam's eps falls with the gradients
+    """
+
+    embedding_lr_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    readout: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    attention_power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    depth_power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    decay: Literal["rescaled", "coupled"] = "rescaled"
+    eps: bool = True
 
 
 class InitConfig(_Section):
@@ -161,6 +198,8 @@ class ModelConfig(_Section):
     conv_encoder       widths of causal convolutions over the coarsest stage's bytes before its patches are made; the
                        paper's: [3, 5, 7]
     cross_patch        the last stage's positions also look at so many positions of the patch before, in every layer
+    parametrization    sp: init, LR and so on are what they say, at any width; mup: what they say at the stages' base_*,
+                       and elsewhere follow from it so that the best values stay the best; mup: its switches
     preset             paper | modern: fills every key below that is not given
     positions          of the coarsest stage: learned (a table of seq_len rows, per byte: eq. 1), rotary, none
     local_positions    of the finer stages: learned (one row per slot in the patch), rotary, none
@@ -181,6 +220,8 @@ class ModelConfig(_Section):
     without: Literal["none", "local", "global"] = "none"
     conv_encoder: tuple[Positive, ...] = ()
     cross_patch: Annotated[int, Field(ge=0)] = 0
+    parametrization: Literal["sp", "mup"] = "sp"
+    mup: MupConfig = MupConfig()
     preset: Literal["paper", "modern"] = "modern"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     positions: Literal["learned", "rotary", "none"]
@@ -211,6 +252,8 @@ class ModelConfig(_Section):
             if stage.d_model < stage.patch_size:
                 allowed = f"at least patch_size = {stage.patch_size} (bytes are embedded d_model // patch_size wide)"
                 _fail(f"{where}.d_model", stage.d_model, allowed)
+            if stage.base_d_model is not None:
+                _base_fits(stage, where)
             if stage.window is not None and i:
                 _fail(f"{where}.window", stage.window, "None: finer stages look no further than their patch")
             if i + 1 < len(self.stages):
@@ -224,8 +267,21 @@ class ModelConfig(_Section):
                     _fail(f"{where}.d_model", stage.d_model, allowed)
         if self.stages[-1].patch_size != 1:
             _fail(f"model.stages.{len(self.stages) - 1}.patch_size", self.stages[-1].patch_size, "1: it predicts bytes")
+        if self.parametrization == "mup" and self.tied and self.mup.embedding_lr_power:
+            allowed = "0 with model.tied: the table also gives the logits, whose LR is constant"
+            _fail("model.mup.embedding_lr_power", self.mup.embedding_lr_power, allowed)
         self._kind_fits()
         return self
+
+    def base(self, stage: int) -> BaseStage:
+        """What a stage is measured by: its base under mup, itself under sp, so that all ratios are 1."""
+        own = self.stages[stage]
+        if self.parametrization == "sp":
+            return BaseStage(own.d_model, own.d_byte, own.ff_width, own.d_head, own.n_layers)
+        d = own.base_d_model or own.d_model
+        ff_width = own.ff_width * d // own.d_model
+        layers = own.base_n_layers or own.n_layers
+        return BaseStage(d, d // own.patch_size, ff_width, own.base_d_head or own.d_head, layers)
 
     def _kind_fits(self) -> None:
         """What belongs to one kind of model stands in no other."""
@@ -261,7 +317,7 @@ class ModelConfig(_Section):
         if self.isolate_documents and not self.is_plain:
             what = special[0] if special else "stages.0.window" if self.stages[0].window else f"kind={self.kind}"
             _fail("model.isolate_documents", True, f"false with model.{what}, which does not keep documents apart")
-        if self.block.token_shift and (special or self.kind in ("perceiver_ar", "subword")):
+        if self.block.token_shift and (set(special) - {"cross_patch"} or self.kind == "perceiver_ar"):
             _fail("model.block.token_shift", True, "false for this model.kind and these options")
 
     @property
@@ -394,14 +450,25 @@ class TrainConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """AdamW and its schedule. Defaults are the paper's (section 2.1).
+    """The optimizer and its schedule. Defaults are the paper's (section 2.1).
 
+    name             adamw; muon: orthogonal updates of the matrices in blocks and between stages, AdamW for the rest;
+                     normuon: the same with even rows; schedule_free: AdamW that averages in place of a falling
+                     schedule, with schedule=constant. docs/optimizers.md has what they gave
+    muon_lr          muon, normuon: LR of those matrices as a factor on lr; an update's spectral norm is muon_lr * lr *
+                     sqrt(rows / columns), at every width
+    muon_momentum    muon, normuon: of those matrices, Nesterov's
     schedule         polynomial (power 1: linear), cosine, or wsd: warm-up, stable, then decay over the last part
     warmup_steps     steps of linear warm-up from 0
     final_lr_ratio   the last LR as a share of lr
     decay_share      wsd: the last share of the run in which the LR falls linearly
     embedding_lr     factor on lr for byte embeddings, positions and pads
     decay_all        weight decay also on gains, biases, embeddings, positions and pads
+    ema              average the weights over updates, and evaluate, sample and export the average: half of it lies on
+                     so large a last part of the updates so far, as 0.1. val/last_bpb is of the last weights
+    batch_rule       how lr follows train.global_batch_size: none; sqrt or linear: lr holds at batch_base rows, and is
+                     multiplied by the square root of global_batch_size / batch_base, or by that ratio (optim/lr shows
+                     the product)
     """
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
@@ -415,6 +482,26 @@ class OptimConfig(_Section):
     decay_share: Fraction = 0.2
     embedding_lr: Annotated[float, Field(gt=0)] = 1.0
     decay_all: bool = False
+    name: Literal["adamw", "muon", "normuon", "schedule_free"] = "adamw"
+    muon_lr: Annotated[float, Field(gt=0)] = 4.0
+    muon_momentum: Beta = 0.95
+    ema: Annotated[float, Field(gt=0, le=0.5)] | None = None
+    batch_rule: Literal["none", "sqrt", "linear"] = "none"
+    batch_base: Positive | None = None
+
+    @model_validator(mode="after")
+    def _averages_once(self) -> OptimConfig:
+        if self.ema is not None and self.name == "schedule_free":
+            _fail("optim.ema", self.ema, "None with optim.name=schedule_free, which averages by itself")
+        if self.name == "schedule_free" and self.schedule != "constant":
+            _fail("optim.schedule", self.schedule, "constant with optim.name=schedule_free: it averages in its place")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_has_its_base(self) -> OptimConfig:
+        if self.batch_rule != "none" and self.batch_base is None:
+            _fail("optim.batch_base", None, f"the rows at which optim.lr holds, for optim.batch_rule={self.batch_rule}")
+        return self
 
 
 class EvalConfig(_Section):
@@ -463,6 +550,7 @@ class GuardConfig(_Section):
 class SampleConfig(_Section):
     """Samples written (and sent to MLflow) while training and at the end: .txt, .png and .wav.
 
+    at_end        write them at the end; in a sweep false unless it is given
     source        as which of the data sources; None: the first one of each modality
     prompt        a text that is continued
     prompt_file   a file that is continued: a text, a picture or a sound
@@ -473,6 +561,7 @@ class SampleConfig(_Section):
     """
 
     every_steps: Positive | None = None
+    at_end: bool = True
     source: str | None = None
     prompt: str = ""
     prompt_file: str | None = None
@@ -492,7 +581,10 @@ class SampleConfig(_Section):
 class LogConfig(_Section):
     """Logging. mlflow_uri: None means MLFLOW_TRACKING_URI, else sqlite under mlruns/ of the working directory.
 
-    parent   the run of the experiment below which MLflow shows this one, as one of a sweep; made if it is not there
+    parent       the run of the experiment below which MLflow shows this one, as one of a sweep; made if it is not there
+    noise_scale  log optim/noise_scale, the gradient noise scale in rows (of data.seq_len bytes; noise_scale.py): the
+                 batch size at which a larger one stops to pay. From the gradients of a step's micro-batches, so a step
+                 needs two or more, on one rank or over ranks
     """
 
     every_steps: Positive = 10
@@ -500,6 +592,7 @@ class LogConfig(_Section):
     mlflow_uri: str | None = None
     experiment: str = "mbtrain"
     parent: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    noise_scale: bool = False
 
     @model_validator(mode="after")
     def _no_password(self) -> LogConfig:
@@ -544,6 +637,9 @@ class Config(_Section):
             _fail(
                 "train.sequence_parallel", sequence, "1 with model.block.token_shift, which looks at the patch before"
             )
+        if self.log.noise_scale and (sequence > 1 or self.train.precision == "fp16"):
+            what = f"sequence_parallel={sequence}" if sequence > 1 else "precision=fp16"
+            _fail("log.noise_scale", True, f"false with train.{what}: no rank has a row's whole gradient as it is")
         if sequence > 1 and not self.model.is_plain:
             _fail("train.sequence_parallel", sequence, "1 for this model.kind and these options of it")
         latents = self.model.latents
@@ -584,6 +680,9 @@ def batch_shape(config: Config, world_size: int) -> tuple[int, int]:
     micro = min(config.train.micro_batch_size or per_rank, per_rank)
     if per_rank % micro:
         allowed = f"a divisor of global_batch_size / ranks = {rows} / {readers} = {per_rank}"
+        _fail("train.micro_batch_size", micro, allowed)
+    if config.log.noise_scale and micro == rows:
+        allowed = f"below {rows}, or two ranks, with log.noise_scale: it compares the micro-batches of a step"
         _fail("train.micro_batch_size", micro, allowed)
     return micro, per_rank // micro
 
@@ -688,6 +787,15 @@ def _index(node: list[Any], part: str, dotted: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
         raise ConfigError(f"{dotted}: {part!r} is no position in a list of {len(node)}")
     return int(part)
+
+
+def _base_fits(stage: StageConfig, where: str) -> None:
+    base = stage.base_d_model or stage.d_model
+    if base < stage.patch_size:
+        _fail(f"{where}.base_d_model", base, f"at least patch_size = {stage.patch_size}")
+    if stage.ff_width * base % stage.d_model:
+        allowed = f"one at which d_ff, {stage.ff_width} at d_model = {stage.d_model}, is a whole number in proportion"
+        _fail(f"{where}.base_d_model", base, allowed)
 
 
 def _fail(where: str, got: object, allowed: str) -> None:

@@ -1,8 +1,8 @@
 """The only room that knows DeepSpeed: start a process group, wrap a model, step, and read or write its whole state.
 
 DeepSpeed's own checkpoints are pickles that fit one number of ranks. Here each rank hands out what it owns under ZeRO:
-stretches of the fp32 weights and of both AdamW moments, by parameter name and offset. That needs no communication, is
-written without pickle, and is put back into any number of ranks, any ZeRO stage and any precision.
+stretches of the fp32 weights and of what the optimizer keeps, by parameter name and offset. That needs no
+communication, is written without pickle, and is put back into any number of ranks, any ZeRO stage and any precision.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -25,16 +26,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from mbtrain.checkpoint import KINDS, Fragment, Stored
+from mbtrain import optim
+from mbtrain.checkpoint import TRAINED, WEIGHT, Fragment, Progress, Stored
 from mbtrain.config import Config, batch_shape
 from mbtrain.errors import PeersError
 from mbtrain.model import Model
-from mbtrain.model.layers import Transformer, attend, role_of
+from mbtrain.model.layers import Transformer, attend, role_of, rule_of
 from mbtrain.model.sequence import Part, by_head, by_position
+from mbtrain.schedule import ema_decay
 
-WEIGHT, MOMENTS = KINDS[0], KINDS[1:]
-UNDECAYED = ("embedding", "position", "pad", "gain", "bias")
-EMBEDDINGS = ("embedding", "position", "pad")
+UNDECAYED = ("embedding", "tied", "position", "pad", "gain", "bias")
+EMBEDDINGS = ("embedding", "tied", "position", "pad")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -101,7 +103,7 @@ def start() -> Ranks:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         torch.set_flush_denormal(True)
         keep_memory()
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     # DeepSpeed's timeout reaches only the world group; the groups that it makes later take torch's default.
     torch.distributed.distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -190,31 +192,39 @@ def from_rank_0(value: Any) -> Any:
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """AdamW's groups by (embedding or not, decayed or not), in a fixed order; each holds its lr_scale."""
+    """The optimizer's groups, in a fixed order: the parameters that LR, weight decay and eps treat alike.
+
+    By each parameter's role and muP rule (model/mup.py). A group holds its lr_scale, which `Engine.step` multiplies
+    with the LR of the schedule, and as `name` the roles in it. One group for each parameter would be as right, but
+    under ZeRO each group is a buffer and a collective of its own.
+    """
     optim = config.optim
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, param in model.named_parameters():
-        role = role_of(name, param)
-        groups.setdefault((role in EMBEDDINGS, optim.decay_all or role not in UNDECAYED), []).append(param)
+        role, rule = role_of(name, param), rule_of(name, param)
+        lr_scale = rule.lr * (optim.embedding_lr if role in EMBEDDINGS else 1.0)
+        decayed = optim.decay_all or role not in UNDECAYED
+        decay = optim.weight_decay * rule.weight_decay if decayed else 0.0
+        groups.setdefault((lr_scale, decay, optim.eps * rule.eps), []).append((role, param))
     return [
         {
-            "params": groups[key],
+            "name": "+".join(sorted({role for role, _ in members})),
+            "params": [param for _, param in members],
             "lr": optim.lr,
-            "lr_scale": optim.embedding_lr if key[0] else 1.0,
-            "weight_decay": optim.weight_decay if key[1] else 0.0,
+            "lr_scale": lr_scale,
+            "weight_decay": decay,
+            "eps": eps,
         }
-        for key in sorted(groups)
+        for (lr_scale, decay, eps), members in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-class PausableAdamW(torch.optim.AdamW):
-    """AdamW that, while paused, makes no step: DeepSpeed then clears its gradients as after any other."""
-
-    paused = False
-
-    def step(self, closure: Any = None) -> Any:
-        """One update, or none."""
-        return None if self.paused else super().step(closure)
+def check_groups(given: list[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
+    """Raises RuntimeError where DeepSpeed has not kept the groups, as its own schedulers do not: all would be one."""
+    keys = ("name", "lr", "lr_scale", "weight_decay", "eps")
+    wanted, got = ([[group.get(key) for key in keys] for group in groups] for groups in (given, kept))
+    if wanted != got:
+        raise RuntimeError(f"the optimizer's groups were changed by DeepSpeed: expected {wanted}, got {got}")
 
 
 class Engine:
@@ -234,7 +244,11 @@ class Engine:
         if parts > 1:
             share_rows(model, ranks, parts)
         self.names = {id(param): name for name, param in model.named_parameters()}
-        groups = parameter_groups(model, config)
+        optimizer = optim.build(parameter_groups(model, config), config)
+        groups = [dict(group) for group in optimizer.param_groups]
+        self._shapes = {name: list(param.shape) for name, param in model.named_parameters()}
+        # What is kept of each parameter, by name: it is the group's.
+        self.kinds = {self.names[id(p)]: optimizer.kinds(group) for group in groups for p in group["params"]}
         for module in model.modules():
             if isinstance(module, Transformer):
                 module.checkpointing = config.train.activation_checkpointing
@@ -242,15 +256,21 @@ class Engine:
                     for block in module.blocks:
                         block.compile()
         model.to(ranks.device)
-        optimizer = PausableAdamW(groups, betas=config.optim.betas, eps=config.optim.eps, fused=True)
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.ranks), dist_init_required=False
         )
+        check_groups(groups, self.engine.optimizer.param_groups)
         self.module: Model = self.engine.module
         self.optimizer = optimizer
-        self.gradient_sums = torch.zeros(len(self.names), dtype=torch.float32, device=ranks.device)
-        self._ready_moments()
+        self.squares = torch.zeros(len(self.names), dtype=torch.float32, device=ranks.device)
+        self._ready_state()
+        self.averages = optimizer.averages or config.optim.ema is not None  # other weights are evaluated than trained
+        # optim.ema, of so many updates: by name where this rank's stretch begins, its average, the weights it follows.
+        self.ema: dict[str, tuple[int, Tensor, Tensor]] = {}
+        self.updates = 0
+        if config.optim.ema is not None:
+            self._ready_ema()
         if config.train.precision != "fp16":  # there, an overflow is an ordinary event that DeepSpeed skips
             self._watch_gradients()
 
@@ -262,11 +282,15 @@ class Engine:
         """Gradients of a micro-step's mean loss; averaging over micro-steps and ranks is DeepSpeed's."""
         self.engine.backward(loss)
 
-    def bad_parameters(self) -> list[bool]:
-        """Per parameter: whether its gradient held anything not finite since the last call, on this rank."""
-        bad = [not math.isfinite(x) for x in self.gradient_sums.tolist()]
-        self.gradient_sums.zero_()
-        return bad
+    def gradient_squares(self) -> list[float]:
+        """Per parameter: the squared norms of its gradients of this rank's micro-steps since the last call, added up.
+
+        Each is of the micro-step's mean loss, before ranks are averaged. Not finite where the gradient held anything
+        that is not. With fp16 nothing is looked at, and all are 0.
+        """
+        squares = [x * self.accumulation**2 for x in self.squares.tolist()]  # DeepSpeed divides the loss
+        self.squares.zero_()
+        return squares
 
     def step(self, lr_factor: float, skip: bool = False) -> float:
         """The optimizer step that ends a global batch; returns the gradient's norm before clipping.
@@ -278,6 +302,8 @@ class Engine:
         boundary = self.engine.is_gradient_accumulation_boundary()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.config.optim.lr * group["lr_scale"] * lr_factor
+        if isinstance(self.optimizer, optim.ScheduleFree):
+            self.optimizer.lr = self.config.optim.lr * lr_factor
         own_norm = None
         if boundary and self._plain:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -285,6 +311,8 @@ class Engine:
         self.engine.step()
         if not boundary:
             return 0.0
+        if self.ema and not skip and not getattr(self.engine.optimizer, "overflow", False):
+            self._update_ema()
         norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
@@ -293,60 +321,166 @@ class Engine:
         return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.config.train.precision == "fp16" else 1.0
 
     def optimizer_steps(self) -> int:
-        """Steps that AdamW has really made (fp16 may have skipped some)."""
+        """Steps that the optimizer has really made (fp16 may have skipped some)."""
         return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
+    def optimizer_numbers(self) -> dict[str, float]:
+        """What the optimizer keeps once, not of each element, but for its steps; on all ranks alike."""
+        state: dict[str, Tensor] = next(iter(self.optimizer.state.values()), {})
+        return {key: float(state[key]) for key in _kept_once(state) if key != "step"}
+
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank owns of the state: views into it, in fp32. Over all ranks every element comes once."""
+        """What this rank owns of the state, in fp32: views into it, but for averages, which are made here.
+
+        Over all ranks every element comes once. WEIGHT is what is evaluated; where that is an average, TRAINED is what
+        training goes on from.
+        """
+        for name, start, parts in self._owned():
+            if self.averages:
+                trained = parts.pop(WEIGHT)
+                parts |= {WEIGHT: self._averaged(name, trained, parts), TRAINED: trained}
+            yield Fragment(name, start, parts)
+
+    def _owned(self) -> Iterator[Fragment]:
+        """What this rank owns of the weights that are trained, as WEIGHT, and of the state: views into it, in fp32."""
         for i, (name, param) in enumerate(self.module.named_parameters()):
             if self._plain:  # all ranks have all of it, and share the parameters out
                 if i % self.ranks.ranks == self.ranks.rank:
-                    moments = {key: self.optimizer.state[param][key].view(-1) for key in MOMENTS}
-                    yield Fragment(name, 0, {WEIGHT: param.data.view(-1), **moments})
+                    state = {key: self.optimizer.state[param][key].view(-1) for key in self.kinds[name]}
+                    yield Fragment(name, 0, {WEIGHT: param.data.view(-1), **state})
             elif hasattr(param, "ds_id"):
-                start, parts = self._own_part_of_stage_3(param)
+                start, parts = self._own_part_of_stage_3(name, param)
                 if parts[WEIGHT].numel():
                     yield Fragment(name, start, parts)
             elif (owned := param._hp_mapping) is not None:  # type: ignore[attr-defined]
-                moments = {key: owned.get_optim_state_fragment(key) for key in MOMENTS}
-                yield Fragment(name, owned.lp_fragment_address.start, {WEIGHT: owned.hp_fragment.data, **moments})
+                state = {key: owned.get_optim_state_fragment(key) for key in self.kinds[name]}
+                yield Fragment(name, owned.lp_fragment_address.start, {WEIGHT: owned.hp_fragment.data, **state})
 
     def shapes(self) -> dict[str, list[int]]:
         """The whole shape of every parameter, by name."""
-        return {name: list(_whole_shape(param)) for name, param in self.module.named_parameters()}
+        return dict(self._shapes)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, in fp32, on CPU. Collective."""
+        """Every parameter whole, in fp32, on CPU: what is evaluated. Collective."""
         tensors = _import("deepspeed.utils.tensor_fragment")
+        own = {fragment.name: fragment for fragment in self.fragments()} if self.averages else {}
         for name, param in self.module.named_parameters():
-            whole = param.data if self._plain else tensors.safe_get_full_fp32_param(param)
+            if self.averages:
+                whole = self._whole(name, own)
+            else:
+                whole = param.data if self._plain else tensors.safe_get_full_fp32_param(param)
             yield name, whole.detach().to("cpu", torch.float32).reshape(_whole_shape(param))
 
-    def load_state(self, stored: Stored, optimizer_steps: int) -> None:
+    @contextmanager
+    def evaluating(self, last: bool = False) -> Iterator[None]:
+        """Inside, the model is in eval mode and computes with the weights that are evaluated. Collective.
+
+        last: with those that are trained, where averages are evaluated.
+        """
+        self.module.eval()
+        try:
+            with self._averages() if self.averages and not last else nullcontext():
+                yield
+        finally:
+            self.module.train()
+
+    @contextmanager
+    def _averages(self) -> Iterator[None]:
+        """The averages in the model's place; afterwards the weights that are trained, bit for bit."""
+        if self._plain:
+            params = dict(self.module.named_parameters())
+            kept = [param.data for param in params.values()]
+            for name, param in params.items():
+                param.data = self._averaged(name, param.data, self.optimizer.state[param]).view_as(param)
+            try:
+                yield
+            finally:
+                for param, data in zip(params.values(), kept, strict=True):
+                    param.data = data
+            return
+        self._compute_with({fragment.name: fragment for fragment in self.fragments()})
+        try:
+            yield
+        finally:
+            self._compute_with({fragment.name: fragment for fragment in self._owned()})
+
+    def _averaged(self, name: str, trained: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """What is evaluated of this rank's stretch of a parameter, flat or in its shape."""
+        if self.config.optim.ema is not None:
+            return self.ema[name][1]
+        return self.optimizer.averaged(trained, state)
+
+    def _ready_ema(self) -> None:
+        """Begin the averages at the weights."""
+        if self._plain:
+            stretches = [(name, 0, param.data.view(-1)) for name, param in self.module.named_parameters()]
+        else:
+            stretches = [(name, start, parts[WEIGHT]) for name, start, parts in self._owned()]
+        self.ema = {name: (start, weights.clone(), weights) for name, start, weights in stretches}
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """Take in the weights after an update."""
+        self.updates += 1
+        kept = ema_decay(self.config.optim.ema or 0.5, self.updates)
+        _, averages, weights = zip(*self.ema.values(), strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - kept)
+
+    def _compute_with(self, own: dict[str, Fragment]) -> None:
+        """Put weights, given on each rank by its own stretches, where ZeRO has those that the model computes with."""
+        for name, param in self.module.named_parameters():
+            if param.numel() == _whole_shape(param).numel():
+                param.data.copy_(self._whole(name, own).view_as(param))
+            if hasattr(param, "ds_id") and name in own:
+                mine = own[name].tensors[WEIGHT]
+                param.ds_tensor.data[: mine.numel()].copy_(mine)  # type: ignore[attr-defined]
+
+    def _whole(self, name: str, own: dict[str, Fragment]) -> Tensor:
+        """A parameter's weights, flat, in fp32, of all ranks' stretches. Collective."""
+        whole = torch.zeros(math.prod(self._shapes[name]), device=self.ranks.device)
+        if name in own:
+            mine = own[name].tensors[WEIGHT]
+            whole[own[name].start : own[name].start + mine.numel()] = mine
+        dist.all_reduce(whole)  # zeros are added to each: exact
+        return whole
+
+    def load_state(self, stored: Stored, progress: Progress) -> None:
         """Put back what all ranks' `fragments` gave, on any number of ranks, at the start or between two steps.
 
-        Also the low-precision weights that the model computes with: the rounded fp32 ones, as after a step.
+        Also the low-precision weights that the model computes with: the rounded fp32 ones, as after a step. Raises
+        CheckpointError where it is another optimizer's state. optim.ema may be new, and then begins at the weights, or
+        given up.
         """
-        for fragment in self.fragments():
+        averages = self.optimizer.averages or stored.averages
+        weight = TRAINED if averages else WEIGHT
+        extra = (TRAINED,) if averages else ()
+        stored.must_hold({name: kinds + extra for name, kinds in self.kinds.items()}, self.config.optim.name)
+        for fragment in self._owned():
             for key, mine in fragment.tensors.items():
+                key = weight if key == WEIGHT else key
                 mine.copy_(stored.part(key, fragment.name, fragment.start, mine.numel()))
         for name, param in self.module.named_parameters():
             if param.numel() == _whole_shape(param).numel():  # else ZeRO-3 left an empty tensor in its place
-                param.data.copy_(stored.whole(WEIGHT, name))
+                param.data.copy_(stored.whole(weight, name))
                 if self._plain:
-                    for key in MOMENTS:
+                    for key in self.kinds[name]:
                         self.optimizer.state[param][key].copy_(stored.whole(key, name))
             if hasattr(param, "ds_id"):
-                start, parts = self._own_part_of_stage_3(param)
+                start, parts = self._own_part_of_stage_3(name, param)
                 mine = param.ds_tensor.data[: parts[WEIGHT].numel()]  # type: ignore[attr-defined]
-                mine.copy_(stored.part(WEIGHT, name, start, mine.numel()))
+                mine.copy_(stored.part(weight, name, start, mine.numel()))
+        for name, (start, average, _) in self.ema.items():
+            average.copy_(stored.part(WEIGHT, name, start, average.numel()))
+        self.updates = progress.optimizer_steps
         for entry in self.optimizer.state.values():
-            entry["step"].fill_(optimizer_steps)
+            for key in _kept_once(entry):
+                entry[key].fill_(progress.optimizer_steps if key == "step" else progress.optimizer[key])
 
-    def _own_part_of_stage_3(self, param: Any) -> tuple[int, dict[str, Tensor]]:
+    def _own_part_of_stage_3(self, name: str, param: Any) -> tuple[int, dict[str, Tensor]]:
         """Where this rank's partition begins, and views of it without ZeRO's filling behind the parameter's end."""
         partition = param._z3_optimizer._get_fp32_opt_state_partition
-        whole = {WEIGHT: partition(param, False)[0], **{key: partition(param, False, key)[0] for key in MOMENTS}}
+        state = {key: partition(param, False, key)[0] for key in self.kinds[name]}
+        whole = {WEIGHT: partition(param, False)[0], **state}
         start = self.ranks.rank * param.ds_tensor.ds_numel
         numel = max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start))
         return start, {key: value.data[:numel] for key, value in whole.items()}
@@ -364,29 +498,59 @@ class Engine:
         for key, value in state.items():
             setattr(scaler, key, type(getattr(scaler, key))(value))
 
-    def _ready_moments(self) -> None:
-        """Give AdamW its zero moments now, as its first step would, so that state can be read and set at any time."""
-        wrapper = self.engine.optimizer
+    def _ready_state(self) -> None:
+        """Give the optimizer its first state now, not at its first step, so that it can be read and set at any time."""
+        wrapper, groups = self.engine.optimizer, self.optimizer.param_groups
         if self.config.train.zero_stage == 0:
-            owned = [p for group in self.optimizer.param_groups for p in group["params"]]
+            stepped = [(group, param) for group in groups for param in group["params"]]
         elif self.config.train.zero_stage == 3:
-            owned = list(wrapper.fp32_partitioned_groups_flat)
+            flat = wrapper.fp32_partitioned_groups_flat
+            stepped = [(groups[wrapper.sub_group_to_group_id[i]], part) for i, part in enumerate(flat)]
         elif hasattr(wrapper, "fp32_groups_flat_partition"):
-            owned = list(wrapper.fp32_groups_flat_partition)
+            stepped = list(zip(groups, wrapper.fp32_groups_flat_partition, strict=True))
         else:
-            owned = list(wrapper.single_partition_of_fp32_groups)
-        for param in owned:
-            self.optimizer.state[param] = {
-                "step": torch.zeros((), dtype=torch.float32, device=param.device),
-                **{key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in MOMENTS},
-            }
+            stepped = list(zip(groups, wrapper.single_partition_of_fp32_groups, strict=True))
+        for group, param in stepped:
+            self.optimizer.ready(group, param)
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
+        if isinstance(self.optimizer, optim.Muon) and not self._plain:
+            self._say_where_matrices_lie(self.optimizer)
+
+    def _say_where_matrices_lie(self, muon: optim.Muon) -> None:
+        """Tell Muon which matrices are in each flat part, and what of them this rank has."""
+        wrapper, stage = self.engine.optimizer, self.config.train.zero_stage
+        if stage == 3:
+            of_parts = zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
+        elif hasattr(wrapper, "fp32_groups_flat_partition"):
+            of_parts = zip(wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, strict=True)
+        else:
+            of_parts = zip(wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, strict=True)
+        names = {id(param): name for name, param in self.module.named_parameters()}
+        for flat, params in of_parts:
+            if "momentum" in muon.state[flat]:
+                muon.pieces[flat] = [self._piece(names[id(param)], param, flat) for param in params]
+        muon.shared = self.ranks.ranks > 1
+
+    def _piece(self, name: str, param: Any, flat: Tensor) -> optim.Piece:
+        """Where a matrix lies in a flat part of the weights, and what of it this rank has there."""
+        rows, columns = self._shapes[name]
+        parts = getattr(param, "parts", 1)
+        if hasattr(param, "ds_id"):
+            start, owned = self._own_part_of_stage_3(name, param)
+            mine = owned[WEIGHT]
+        elif param._hp_mapping is None:
+            return optim.Piece((rows, columns), parts, 0, 0, 0)
+        else:
+            start, mine = param._hp_mapping.lp_fragment_address.start, param._hp_mapping.hp_fragment
+        at = int(mine.storage_offset() - flat.storage_offset())
+        return optim.Piece((rows, columns), parts, at, start, mine.numel())
 
     def _watch_gradients(self) -> None:
         def watch(index: int) -> Any:
             def look(grad: Tensor) -> None:
-                self.gradient_sums[index] += grad.sum(dtype=torch.float32)  # what is not finite stays so in a sum
+                # What is not finite stays so in a sum.
+                self.squares[index] += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
 
             return look
 
@@ -411,6 +575,11 @@ def share_rows(model: Model, ranks: Ranks, parts: int) -> None:
     ulysses = _import("deepspeed.sequence.layer").DistributedAttention(by_position(attend), ours, 2, 1)
     # Kept out of torch.compile's graphs: DeepSpeed's own source says that tracing an exchange can lose its gradient.
     model.share(Part(ranks.rank % parts, parts), torch.compiler.disable(by_head(ulysses)))
+
+
+def _kept_once(state: Mapping[str, Tensor]) -> list[str]:
+    """What an optimizer's state holds that is not of each element."""
+    return [key for key, value in state.items() if value.ndim == 0]
 
 
 def _whole_shape(param: nn.Parameter) -> torch.Size:
@@ -448,7 +617,7 @@ def _slurm_tasks_here() -> int:
     return counts[min(int(os.environ.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """DeepSpeed without what it costs to start: it would import mlflow (2 s) and build a CPU kernel nobody uses."""
     if "deepspeed" in sys.modules:
         return sys.modules["deepspeed"]
@@ -464,7 +633,7 @@ def _import_deepspeed() -> Any:
             del sys.modules["mlflow"]
     _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     _import("deepspeed.utils").logger.setLevel(logging.WARNING)
-    _import("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS.append(PausableAdamW)  # or it warns
+    _import("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS.extend(optim.CLASSES)  # or it warns
     # DeepSpeed calls torch.distributed by names that this torch renames; nobody here can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Seven reports of memory for each start, whatever the log level.

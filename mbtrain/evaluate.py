@@ -131,21 +131,26 @@ def score(
     return Score(float(sums[0].sum()), int(sums[1].sum()), by_source, found)
 
 
-def load_model(path: str | Path, device: torch.device) -> tuple[Model, Config, checkpoint.Checkpoint, Path]:
+def load_model(
+    path: str | Path, device: torch.device, last: bool = False
+) -> tuple[Model, Config, checkpoint.Checkpoint, Path]:
     """The model of a run's newest whole checkpoint (or of the checkpoint given) in fp32 and eval mode.
 
+    Of its averaged weights, where it has some; last: of those that were trained.
     Returns (model, its config, the checkpoint, the run directory). Raises CheckpointError.
     """
     run, found = checkpoint.find(path)
     settings = config.load(run / "config.yaml")
-    return loaded(run, settings, found, device), settings, found, run
+    return loaded(run, settings, found, device, last), settings, found, run
 
 
-def loaded(run: Path, settings: Config, found: checkpoint.Checkpoint, device: torch.device) -> Model:
+def loaded(
+    run: Path, settings: Config, found: checkpoint.Checkpoint, device: torch.device, last: bool = False
+) -> Model:
     """A checkpoint's model in fp32 and eval mode. Raises CheckpointError where it does not fit the settings."""
     model = build(settings)
     try:
-        model.load_state_dict(checkpoint.load_weights(found))
+        model.load_state_dict(checkpoint.load_weights(found, last))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{found.path}: does not fit {run}/config.yaml: {reason}") from error

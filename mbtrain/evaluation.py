@@ -41,6 +41,7 @@ class _Asked:
     logits_of: Callable[[Tensor], Tensor]
     step: int
     precision: str
+    averages: bool
 
 
 def evaluate_run(
@@ -52,12 +53,15 @@ def evaluate_run(
     batch: int = 8,
     limit_bytes: int | None = None,
     precision: str = "as-trained",
+    last: bool = False,
 ) -> dict[str, Any]:
     """Score a run, alone or as one of the ranks of a launcher, and draw RUN/plots/eval_<split>_<mode>.png.
 
-    precision: as-trained computes as the training's own validation does; or fp32, bf16, autocast.
+    precision: as-trained computes as the training's own validation does; or fp32, bf16, autocast. last: by the weights
+    that were trained, where the run also keeps averages of them (optim.ema, schedule_free), which are scored else.
     Returns, on every rank,
       bpb, nats, bytes, split, mode, step, precision
+      weights              averaged or last
       by_source            {name: bits per byte}
       bpb_low, bpb_high    95 % interval by bootstrap over documents (samples); None where there is one document alone
       by_source_interval   {name: [low, high] or None}
@@ -81,7 +85,7 @@ def evaluate_run(
         def summed(values: list[float]) -> list[float]:
             return values if ranks.ranks == 1 else total(values, ranks)
 
-        opened = together(lambda: _opened(path, split, mode, data, precision, ranks.device))
+        opened = together(lambda: _opened(path, split, mode, data, precision, last, ranks.device))
         settings, sources = opened.settings, opened.sources
         result: Score = together(
             lambda: score(
@@ -109,6 +113,7 @@ def evaluate_run(
             "mode": mode,
             "step": opened.step,
             "precision": opened.precision,
+            "weights": "averaged" if opened.averages and not last else "last",
             "by_source": {name: n / math.log(2) / b for name, (n, b) in result.by_source.items()},
             **_intervals(sources, result),
             "words": words or None,
@@ -120,7 +125,7 @@ def evaluate_run(
         }
         drawn = None
         if ranks.rank == 0:
-            newest = Path(path).resolve() == opened.run.resolve()
+            newest = Path(path).resolve() == opened.run.resolve() and not (last and opened.averages)
             drawn = _written(opened.run, figures, data, limit_bytes is not None, newest)
         return {**figures, "plot": drawn}
 
@@ -129,7 +134,7 @@ def lines_of(figures: Mapping[str, Any], *, partly: bool) -> Iterator[str]:
     """What evaluate_run found, as a person reads it; partly: not the whole split."""
     unit = "bits per byte" + (" (= bits per dimension)" if "bits_per_dimension" in figures else "")
     part = f"{'first part of ' if partly else ''}{figures['split']}"
-    how = f"step {figures['step']}, {figures['mode']}"
+    how = f"step {figures['step']}, {figures['mode']}{_by_which(figures)}"
     yield f"{part}: {figures['bpb']:.6f} {unit} over {figures['bytes']} bytes ({how})"
     if figures["bpb_low"] is None:
         yield "  no interval: it takes two documents, and this is one"
@@ -147,7 +152,13 @@ def lines_of(figures: Mapping[str, Any], *, partly: bool) -> Iterator[str]:
         yield f"  by position and depth of context: {figures['plot']}"
 
 
-def _opened(path: str | Path, split: str, mode: str, data: str | None, precision: str, device: torch.device) -> _Asked:
+def _by_which(figures: Mapping[str, Any]) -> str:
+    return ", averaged weights" if figures["weights"] == "averaged" else ""
+
+
+def _opened(
+    path: str | Path, split: str, mode: str, data: str | None, precision: str, last: bool, device: torch.device
+) -> _Asked:
     run, found = checkpoint.find(path)
     settings = config.load(run / "config.yaml")
     must_allow(settings, mode)
@@ -156,7 +167,7 @@ def _opened(path: str | Path, split: str, mode: str, data: str | None, precision
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"path": data, "sources": ()})})
     sources = open_sources(settings, split, seed=None)
     must_keep_frames(settings, sources, mode)
-    model = loaded(run, settings, found, device)
+    model = loaded(run, settings, found, device, last)
     if precision == "as-trained":
         stage0 = settings.train.precision == "bf16" and settings.train.zero_stage == 0
         precision = "autocast" if stage0 else settings.train.precision
@@ -168,7 +179,7 @@ def _opened(path: str | Path, split: str, mode: str, data: str | None, precision
             out: Tensor = model(ids)
             return out
 
-    return _Asked(run, settings, sources, logits_of, found.progress.step, precision)
+    return _Asked(run, settings, sources, logits_of, found.progress.step, precision, checkpoint.Stored(found).averages)
 
 
 def _each(sources: Sequence[Opened], details: Details) -> Iterator[tuple[Opened, np.ndarray]]:
@@ -257,7 +268,8 @@ def _written(run: Path, figures: dict[str, Any], data: str | None, partly: bool,
     low, high = figures["bpb_low"], figures["bpb_high"]
     within = "" if low is None else f" ({low:.4f} to {high:.4f})"
     part = f"{'first part of ' if partly else ''}{figures['split']}{f' of {data}' if data else ''}"
-    title = f"{run.resolve().name}: {figures['bpb']:.4f}{within} bits per byte, {part}, {figures['mode']}"
+    how = f"{figures['mode']}{_by_which(figures)}"
+    title = f"{run.resolve().name}: {figures['bpb']:.4f}{within} bits per byte, {part}, {how}"
     try:
         target = run / "plots" / f"{name}{of}.png"
         plots.evaluation(target, title, figures["by_position"], figures["by_depth"])

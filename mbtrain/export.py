@@ -49,10 +49,10 @@ def _must_be_whole(path: Path) -> None:
         raise CheckpointError(f"{path}: not a whole export ({error})") from error
 
 
-def export_run(path: str | Path, out: str | Path) -> Path:
+def export_run(path: str | Path, out: str | Path, last: bool = False) -> Path:
     """Write weights.safetensors, config.yaml and SHA256SUMS to OUT; reload and compare the logits, bit for bit.
 
-    A vocabulary of tokens lies beside them.
+    A vocabulary of tokens lies beside them. last: the weights that were trained, where the run also keeps averages.
     OUT must not exist yet. Raises CheckpointError when the reloaded model differs, and leaves nothing under OUT.
     """
     from safetensors.torch import save
@@ -60,7 +60,7 @@ def export_run(path: str | Path, out: str | Path) -> Path:
     out = Path(out)
     if out.exists():
         raise ConfigError(f"--out={out}: exists already; choose another folder")
-    model, settings, _, _ = load_model(path, torch.device("cpu"))
+    model, settings, _, _ = load_model(path, torch.device("cpu"), last)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

@@ -64,7 +64,7 @@ def loss_curve(run_dir: Path | str) -> Path | None:
     right.legend(loc="upper right", frameon=False, labelcolor=INK)
     figure.suptitle(_title(run_dir.resolve().name, train, vals), x=0.01, ha="left", color=INK, fontsize=13)
     target = run_dir / "plots" / "loss.png"
-    _save(figure, target)
+    save(figure, target)
     return target
 
 
@@ -100,7 +100,7 @@ def evaluation(
         panels[-1].set(xlabel="bytes before it in its window, from and to", ylabel="bits per byte")
         panels[-1].set_title("by depth of context", loc="left", color=MUTED, fontsize=10)
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13)
-    _save(figure, target)
+    save(figure, target)
 
 
 def _well_covered(
@@ -113,10 +113,11 @@ def _well_covered(
 
 def _dots(axes: Any, xs: Sequence[int], ys: Sequence[float]) -> None:
     axes.plot(xs, ys, color=VAL_COLORS[0], linewidth=1.4, marker="o", markersize=5 if len(xs) < 50 else 2)
-    _plain(axes)
+    plain(axes)
 
 
-def _save(figure: Any, target: Path) -> None:
+def save(figure: Any, target: Path) -> None:
+    """Write a figure as a PNG, which appears when it is whole. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -131,7 +132,7 @@ def _save(figure: Any, target: Path) -> None:
         raise
 
 
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
     """A light grid, no frame on the upper and right side, numbers as they are."""
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -188,7 +189,7 @@ def _panel(axes: Any, xs: Sequence[float], train: Sequence[float], vals: dict[st
                 markersize=4 if len(val_xs) < 100 else 2,
                 label=_val_label(key),
             )
-    _plain(axes)
+    plain(axes)
     axes.margins(x=0.02)
     axes.set_xlim(left=0)
 
@@ -203,14 +204,15 @@ def _title(name: str, train: Sequence[float], vals: dict[str, list[float]]) -> s
 
 
 def _val_keys(records: Sequence[dict[str, Any]]) -> list[str]:
-    """`val/bpb` first, then `val/partial_bpb` and `val/<source>/bpb` by name."""
+    """`val/bpb` first, then `val/partial_bpb`, `val/last_bpb` and `val/<source>/bpb` by name."""
     keys = {key for record in records for key in record if key.startswith("val/") and key.endswith("bpb")}
     return sorted(keys, key=lambda key: (key != "val/bpb", key != "val/partial_bpb", key))
 
 
 def _val_label(key: str) -> str:
     *source, name = key.removeprefix("val/").split("/")
-    return ", ".join(["validation", *source, *(["first part"] if name == "partial_bpb" else [])])
+    said = [text for part, text in (("partial", "first part"), ("last", "last weights")) if part in name.split("_")]
+    return ", ".join(["validation", *source, *said])
 
 
 def bytes_seen(records: Sequence[dict[str, Any]]) -> list[float]:

@@ -184,16 +184,22 @@ def write(planned: Plan, continuations: Sequence[bytes], target: Path) -> list[P
 
 
 def sample_run(
-    path: str | Path, asked: Asked, how: Sampling, out: str | Path | None = None, raw: str | Path | None = None
+    path: str | Path,
+    asked: Asked,
+    how: Sampling,
+    out: str | Path | None = None,
+    raw: str | Path | None = None,
+    last: bool = False,
 ) -> Written:
     """Sample from a run's newest whole checkpoint (the first source, unless told otherwise) and write what comes.
 
     The default file is RUN/samples/step_<step>_seed_<seed>.txt, .png or .wav. raw: a file for the bytes as they are,
-    prompt and continuation of each row, in the model's order. Raises ConfigError, CheckpointError.
+    prompt and continuation of each row, in the model's order. last: by the weights that were trained, where the run
+    also keeps averages of them. Raises ConfigError, CheckpointError.
     """
     read_prompt(asked)  # a slip of the pen is said before anything is loaded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, settings, found, run = load_model(path, device)
+    model, settings, found, run = load_model(path, device, last)
     forms = chosen(run, settings, asked)
     texts = [form for form in forms if form.modality == "text"] if asked.prompt else []
     planned = plan((texts or forms)[0], settings, asked)

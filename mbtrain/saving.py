@@ -66,6 +66,7 @@ class Saver:
             optimizer_steps=max(steps for _, _, steps in told),
             mlflow_run_id=tracking.run_id(self.run),
             loss_scaler=self.engine.loss_scaler_state(),
+            optimizer=self.engine.optimizer_numbers(),
         )
         self._copy()
         rank, ranks = self.ranks.rank, self.ranks.ranks

@@ -31,6 +31,7 @@ from mbtrain.errors import CheckpointError, ConfigError, MbtrainError
 from mbtrain.log import bar, duration, say, size
 from mbtrain.model import build
 from mbtrain.model.flops import Count, count
+from mbtrain.noise_scale import in_rows
 from mbtrain.redact import redact
 from mbtrain.saving import Saver
 from mbtrain.shards import load_manifest
@@ -77,6 +78,7 @@ class Session:
     unwritten: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     watching: watch.Watch | None = None
+    alone: bool = True
 
 
 class Window:
@@ -98,8 +100,10 @@ class Window:
 
 
 @contextmanager
-def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
+def opened(settings: Config, run: Path, resume: bool, alone: bool = True) -> Iterator[Session]:
     """Join the ranks, check everything, build or load; afterwards leave a status and the process group.
+
+    alone: False for one of many runs side by side, see train.train.
 
     A rank that is lost, or that fails alone, ends all of them with exit status 75 and its name.
     """
@@ -122,7 +126,7 @@ def opened(settings: Config, run: Path, resume: bool) -> Iterator[Session]:
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
             settings = on_all_ranks(lambda: _as_taken_up(settings, run))
             ours = True
-            yield replace(_begin(settings, run, ranks, sources, found, stopping), watching=watching)
+            yield replace(_begin(settings, run, ranks, sources, found, stopping, alone), watching=watching)
     except Exception as error:
         if ranks.rank == 0 and ours:
             _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
@@ -186,6 +190,8 @@ def report(
         **({"perf/save_wait_s": now.saver.held_s - window.held_s} if now.saver.held_s > window.held_s else {}),
         **_realised_mix(now, progress),
     }
+    if settings.log.noise_scale and (noise := in_rows(progress.noise)) is not None:
+        values["optim/noise_scale"] = noise
     mfu = None if now.peak_flops is None else window.ids * flops / seconds / (now.peak_flops * now.ranks.ranks)
     if mfu is not None:
         values["perf/mfu"] = mfu
@@ -201,10 +207,31 @@ def report(
 
 
 def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> float:
-    """Bits per byte of the validation split (or of its first bytes, under another key), logged. Collective."""
+    """Bits per byte of the validation split (or of its first bytes, under another key), logged. Collective.
+
+    Of the weights that are evaluated. With optim.ema those are averages, and the last weights are scored beside them.
+    """
     with now.clock.resting():
         began = time.perf_counter()
-        now.engine.module.eval()
+        scored = _score(now, limit_bytes)
+        last = _score(now, limit_bytes, last=True) if now.settings.optim.ema is not None else None
+        if now.ranks.rank == 0:
+            key = "val/bpb" if limit_bytes is None else "val/partial_bpb"
+            where = {"progress/bytes": progress.bytes, "progress/minutes": progress.elapsed_s / 60}
+            beside = {} if last is None else last.metrics(key.replace("/", "/last_"))
+            record(now, progress.step, {**scored.metrics(key), **beside, **where})
+            part = "whole split" if limit_bytes is None else "first part"
+            took = duration(time.perf_counter() - began)
+            images = all(source.split.modality == "image" for source in now.val_sources)
+            bpb = f"{scored.bpb:.4f}{' (= bits per dimension)' if images else ''}"
+            bpb += "" if last is None else f" (of the averaged weights; the last ones: {last.bpb:.4f})"
+            say(now.run, f"step {progress.step} · {key} {bpb} · {part}, {size(scored.bytes)} · took {took}")
+        return scored.bpb
+
+
+def _score(now: Session, limit_bytes: int | None, last: bool = False) -> evaluate.Score:
+    """The validation split's score by the weights that are evaluated, or by the last ones. Collective."""
+    with now.engine.evaluating(last):
         score: evaluate.Score = on_all_ranks(
             lambda: evaluate.score(
                 now.engine,
@@ -219,17 +246,7 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
                 limit_bytes=limit_bytes,
             )
         )
-        now.engine.module.train()
-        if now.ranks.rank == 0:
-            key = "val/bpb" if limit_bytes is None else "val/partial_bpb"
-            where = {"progress/bytes": progress.bytes, "progress/minutes": progress.elapsed_s / 60}
-            record(now, progress.step, {**score.metrics(key), **where})
-            part = "whole split" if limit_bytes is None else "first part"
-            took = duration(time.perf_counter() - began)
-            images = all(source.split.modality == "image" for source in now.val_sources)
-            bpb = f"{score.bpb:.4f}{' (= bits per dimension)' if images else ''}"
-            say(now.run, f"step {progress.step} · {key} {bpb} · {part}, {size(score.bytes)} · took {took}")
-        return score.bpb
+    return score
 
 
 def final_score(now: Session, progress: Progress) -> float:
@@ -242,7 +259,8 @@ def final_score(now: Session, progress: Progress) -> float:
     known = from_rank_0(known)
     if known is not None:
         return known
-    sample(now, progress)
+    if now.settings.sample.at_end:
+        sample(now, progress)
     return validate(now, progress, limit_bytes=None)  # last: where it stands, nothing is missing
 
 
@@ -309,7 +327,7 @@ def _rewind(now: Session) -> Checkpoint:
 def _load(engine: Engine, found: Checkpoint) -> None:
     def load() -> None:
         checkpoint.must_fit(found, engine.shapes())
-        engine.load_state(Stored(found), found.progress.optimizer_steps)
+        engine.load_state(Stored(found), found.progress)
         engine.load_loss_scaler_state(found.progress.loss_scaler)
 
     on_all_ranks(load)
@@ -326,10 +344,10 @@ def end(now: Session, progress: Progress, status: str) -> None:
         (now.run / STOP_FILE).unlink(missing_ok=True)
         say(now.run, f"stopped as told after step {progress.step}, saved; go on with --resume={now.run}")
     _write_status(now.run, status, "")
-    if now.shipper is None:
-        plots.loss_curve(now.run)
-    else:
+    if now.shipper is not None:
         tracking.finish(now.shipper, now.run, status, timeout_s=30.0)
+    elif now.alone:
+        plots.loss_curve(now.run)
 
 
 def record(now: Session, step: int, values: dict[str, float]) -> None:
@@ -442,6 +460,7 @@ def _must_fit(old: Config, new: Config, run: Path) -> None:
         ("data", "train_split"),
         ("data", "val_split"),
         ("train", "seed"),
+        ("optim", "name"),
     ):
         was, now = getattr(getattr(old, section), key), getattr(getattr(new, section), key)
         if was != now:
@@ -459,6 +478,7 @@ def _begin(
     sources: tuple[list[Opened], list[Opened]],
     found: Checkpoint | None,
     stopping: list[int],
+    alone: bool,
 ) -> Session:
     train_sources, val_sources = sources
     manifest_hash = data_hash(train_sources)
@@ -475,7 +495,9 @@ def _begin(
     if found:
         _load(engine, found)
     saver = Saver(run, settings, engine)
-    peak = hardware.peak_flops(ranks.device, settings.train.precision)
+    # Beside others, what this process could reach cannot be measured; a GPU is its own.
+    measurable = alone or ranks.device.type == "cuda"
+    peak = hardware.peak_flops(ranks.device, settings.train.precision) if measurable else None
     shipper = None
     if ranks.rank == 0:
         environment = hardware.environment(ranks.device, ranks.ranks)
@@ -498,7 +520,8 @@ def _begin(
             uri = settings.log.mlflow_uri or tracking.default_uri(Path.cwd())
             known = progress.mlflow_run_id
             log = settings.log
-            shipper = tracking.start_shipper(run, uri, log.experiment, settings.name, run_id=known, parent=log.parent)
+            send = tracking.start_shipper if alone else tracking.leave_to_sync
+            shipper = send(run, uri, log.experiment, settings.name, run_id=known, parent=log.parent)
         if found:
             say(run, f"going on from {found.path} at step {progress.step}")
         say(run, _headline(settings, counted, ranks, environment, peak))
@@ -506,7 +529,21 @@ def _begin(
             say(run, line)
         if mixed.end is not None and config.step_limit(settings, counted.training_per_byte) is None:
             say(run, f"data: the sources have been read as often as they may be after step {steps}: the run ends there")
-    return Session(settings, run, ranks, engine, mixed, counted, val_sources, progress, peak, stopping, saver, shipper)
+    return Session(
+        settings,
+        run,
+        ranks,
+        engine,
+        mixed,
+        counted,
+        val_sources,
+        progress,
+        peak,
+        stopping,
+        saver,
+        shipper,
+        alone=alone,
+    )
 
 
 def _headline(settings: Config, counted: Count, ranks: Ranks, environment: dict[str, Any], peak: float | None) -> str:

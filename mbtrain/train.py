@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbtrain import guard, session, vocab
+from mbtrain import guard, noise_scale, session, vocab
 from mbtrain.checkpoint import Progress
 from mbtrain.config import Config
 from mbtrain.data.loader import Batch, Shape, batches
@@ -26,7 +26,7 @@ from mbtrain.data.order import mix_numbers
 from mbtrain.engine import gathered, total
 from mbtrain.errors import CheckpointError, DataError, DivergedError, MbtrainError
 from mbtrain.model.loss import nats
-from mbtrain.schedule import lr_factor
+from mbtrain.schedule import batch_factor, lr_factor
 from mbtrain.session import Session
 
 
@@ -44,7 +44,7 @@ class Result:
 class Sums:
     """One optimizer step over all ranks: nats, the ids that counted in them and the real bytes among those, real bytes
     of the rows by source, rank 0's clock, whether to stop, on how many ranks the pending checkpoint is on disk, the
-    digest of the rows, and what was not finite ("" if all was)."""
+    digest of the rows, the squared norms of the micro-batches' gradients, and what was not finite ("" if all was)."""
 
     nats: float
     targets: int
@@ -54,6 +54,7 @@ class Sums:
     stop: bool
     written: int
     rows_digest: int
+    part_squares: float
     trouble: str
 
 
@@ -70,14 +71,16 @@ class Step:
     unread: MbtrainError | None = None
 
 
-def train(settings: Config, run: Path, *, resume: bool) -> Result:
+def train(settings: Config, run: Path, *, resume: bool, alone: bool = True) -> Result:
     """Train to the first limit of the configuration. Every rank of the launcher calls this.
 
     run     the run directory; made when it is new
     resume  go on from its newest whole checkpoint, if it has one; False: it must not hold a run yet
+    alone   False: it is one of many side by side, so its peak is not measured on CPU, its loss curve not drawn, and it
+            is left to who calls this to send it to MLflow
     Raises ConfigError, DataError, CheckpointError before anything starts; DivergedError before a bad update.
     """
-    with session.opened(settings, run, resume) as now:
+    with session.opened(settings, run, resume, alone) as now:
         progress, stopped = _loop(now, now.progress)
         # A signal from here on finds the run saved and is passed over: ranks must not part ways on their own signals.
         bpb = None if stopped else session.final_score(now, progress)
@@ -92,6 +95,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
     training_flops = now.counted.training_per_byte
     last_step = session.last_step(settings, now.mixture, now.progress, training_flops)
     shape = Shape(settings.data.seq_len, engine.micro, engine.accumulation, engine.reader, engine.readers)
+    of_batch = batch_factor(settings.optim, settings.train.global_batch_size)
     saved = tried = progress  # the last checkpoint that is on disk or on its way; the last that was due
     stopped = False
     window = session.Window(progress, now.saver.held_s)
@@ -123,7 +127,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
                     progress, bad_steps=guard.with_bad(settings.guard, progress.bad_steps, progress.step)
                 )
                 _stop_if_told_so(settings, progress, trouble)
-            factor = lr_factor(settings.optim, progress.step - 1, done)
+            factor = of_batch * lr_factor(settings.optim, progress.step - 1, done)
             norm = engine.step(factor, skip=bool(trouble))
             if trouble:
                 progress = session.skip(now, progress, trouble, loss_nats)
@@ -134,6 +138,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
                     source_bytes=[a + b for a, b in zip(progress.source_bytes, sums.source_bytes, strict=True)],
                     optimizer_steps=progress.optimizer_steps + 1,
                     recent_losses=guard.remembered(settings.guard, progress.recent_losses, loss_nats),
+                    noise=_noise(settings, progress.noise, sums, norm, engine.accumulation * engine.readers),
                 )
                 window.add(sums.nats, sums.targets, sums.predicted_bytes, shape.step_ids)
             if sums.written == ranks.ranks:
@@ -211,6 +216,14 @@ def share_done(settings: Config, progress: Progress, last_step: int | None) -> f
     return max(shares)
 
 
+def _noise(settings: Config, known: list[float], sums: Sums, norm: float, parts: int) -> list[float]:
+    """What Progress.noise is after a step; as it was where it is not asked for."""
+    if not settings.log.noise_scale:
+        return known
+    rows = settings.train.global_batch_size
+    return noise_scale.smoothed(known, noise_scale.estimated(sums.part_squares, norm**2, parts, rows))
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -251,14 +264,15 @@ def _agree(now: Session, progress: Progress, mine: Step) -> Sums:
     Raises DataError on all ranks alike when any could not read its part.
     """
     engine, ranks = now.engine, now.ranks
-    bad = engine.bad_parameters()
+    squares = engine.gradient_squares()
+    bad = [not math.isfinite(square) for square in squares]
     lost = float(mine.nats)
     finite = math.isfinite(lost)
     elapsed = now.clock.read() if ranks.rank == 0 else 0.0
     high, low = divmod(mine.rows_digest % 2**64, 2**32)  # sums of halves are exact in float64
     flags = [float(session.told_to_stop(now)), float(now.saver.written()), float(mine.unread is not None)]
     counts = [float(not finite), float(sum(bad)), float(high), float(low)]
-    counts += [float(mine.targets), float(mine.predicted_bytes)]
+    counts += [float(mine.targets), float(mine.predicted_bytes), 0.0 if any(bad) else math.fsum(squares)]
     sums = total([lost if finite else 0.0, elapsed, *flags, *counts, *mine.source_bytes.tolist()], ranks)
     nats_, elapsed, stops, written, unread_parts, bad_losses, bad_gradients, high_, low_, *counted = sums
     if unread_parts:
@@ -274,8 +288,10 @@ def _agree(now: Session, progress: Progress, mine: Step) -> Sums:
         trouble = "not finite: " + "; ".join(cause for of_rank in gathered(causes) for cause in of_rank[:4])
         nats_ = float("nan") if bad_losses else nats_
     digest = (int(high_) * 2**32 + int(low_)) % 2**64
-    targets, predicted, *bytes_ = (int(n) for n in counted)
-    return Sums(nats_, targets, predicted, bytes_, elapsed, stops > 0, round(written), digest, trouble)
+    targets, predicted, part_squares, *of_sources = counted
+    bytes_ = [int(n) for n in of_sources]
+    whole = (nats_, int(targets), int(predicted), bytes_, elapsed, stops > 0, round(written), digest, part_squares)
+    return Sums(*whole, trouble)
 
 
 def _stop_if_told_so(settings: Config, progress: Progress, trouble: str) -> None:

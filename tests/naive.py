@@ -220,12 +220,12 @@ def ffn(vector: np.ndarray, block: Params, stage: StageSpec, kind: str) -> np.nd
 # ------------------------------------------------------------------------ the sequence of one instance of one stage
 
 
-def shift_half(ys: list[np.ndarray]) -> list[np.ndarray]:
-    """Token shift: the second half of the features of position i is that of position i-1, zeros at i = 0."""
+def shift_half(ys: list[np.ndarray], slots: int) -> list[np.ndarray]:
+    """Token shift: the second half of the features of position i is that of i-1, zeros at the first of `slots`."""
     result = []
     for i in range(len(ys)):
         half = len(ys[i]) // 2
-        earlier = ys[i - 1][half:] if i > 0 else np.zeros(len(ys[i]) - half)
+        earlier = ys[i - 1][half:] if i % slots > 0 else np.zeros(len(ys[i]) - half)
         result.append(np.concatenate([ys[i][:half], earlier]))
     return result
 
@@ -265,14 +265,15 @@ def transformer(
 ) -> list[np.ndarray]:
     """Equations 3 and 5: stage s's causal transformer over one sequence of its inputs; `first` as in attention."""
     ys = list(inputs)
+    slots = spec.ratio(s) if s > 0 else len(ys)
     for block in p["blocks"]:
         normed = [norm(y, block["norm1"], spec.norm) for y in ys]
         if spec.token_shift[s]:
-            normed = shift_half(normed)
+            normed = shift_half(normed, slots)
         ys = [y + a for y, a in zip(ys, attention(normed, block, spec, s, first), strict=True)]
         normed = [norm(y, block["norm2"], spec.norm) for y in ys]
         if spec.token_shift[s]:
-            normed = shift_half(normed)
+            normed = shift_half(normed, slots)
         ys = [y + ffn(n, block, spec.stages[s], spec.activation) for y, n in zip(ys, normed, strict=True)]
     if spec.final_norm[s]:
         ys = [norm(y, p["final_norm"], spec.norm) for y in ys]

@@ -152,7 +152,7 @@ ONE = {"stages": tiny.STAGES[1]}
         ({"model": {"without": "global", "conv_encoder": [3]}}, "model.conv_encoder: got [3], expected none with"),
         ({"model": {"patching": "space", "conv_encoder": [3]}}, "model.patching: got space, expected fixed"),
         ({"model": {"cross_patch": 1, "isolate_documents": True}}, "model.isolate_documents: got True, expected false"),
-        ({"model": {"cross_patch": 1, "block": {"token_shift": True}}}, "model.block.token_shift: got True"),
+        ({"model": {"conv_encoder": [3], "block": {"token_shift": True}}}, "model.block.token_shift: got True"),
         (
             {"model": {"cross_patch": 1}, "train": {"sequence_parallel": 2}},
             "train.sequence_parallel: got 2, expected 1",

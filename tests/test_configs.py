@@ -12,10 +12,12 @@ import pytest
 
 from mbtrain import config, cost
 from mbtrain.model.flops import count
+from mbtrain.sweep import spec as specs
 from tests.launch import ROOT
 
 # A plan is a list of runs, read by `mbtrain bench claims`; tests/bench/test_claims.py loads its rows.
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.y*ml") if path.stem != "plan")
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.y*ml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.y*ml") if path.stem != "plan" and path not in SWEEPS)
 
 
 def header(path: Path) -> str:
@@ -45,7 +47,18 @@ def test_a_shipped_configuration(path: Path) -> None:
     config.step_limit(settings, counted.training_per_byte)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_shipped_sweep(path: Path) -> None:
+    """Every point of every axis makes a configuration."""
+    spec = specs.read(path)
+    plan = specs.planned(spec)
+    points = {point: trial for trial in reversed(plan) for point in trial.values.items()}
+    chosen = {trial.name: trial for trial in points.values()}
+    assert len(points) == sum(len(axis.points) for axis in spec.axes) or spec.draws
+    assert set(specs.settings(spec, list(chosen.values()))) == set(chosen)
+
+
+@pytest.mark.parametrize("path", CONFIGS + SWEEPS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_its_header_says_the_command(path: Path) -> None:
     """A comment at the top with the command that runs this very file (or a script that does)."""
     said = header(path)

@@ -18,7 +18,7 @@ from mbtrain.errors import ConfigError
 from mbtrain.model import build
 from tests import launch, tiny
 
-UNDECAYED = {"embedding", "position", "pad", "gain", "bias"}
+UNDECAYED = {"embedding", "tied", "position", "pad", "gain", "bias"}
 
 
 def golden(stage: int, precision: str) -> dict[str, Any]:
@@ -85,9 +85,9 @@ def test_every_parameter_is_in_the_one_group_of_its_role(stages: int, preset: st
         roles.add(role)
         group = by_id[id(param)]
         assert group["lr"] == 0.02
-        assert group["lr_scale"] == (8.0 if role in ("embedding", "position", "pad") else 1.0)
+        assert group["lr_scale"] == (8.0 if role in ("embedding", "tied", "position", "pad") else 1.0)
         assert group["weight_decay"] == (0.3 if decay_all or role not in UNDECAYED else 0.0)
-    assert {"embedding", "pad", "hidden", "bias", "gain"} <= roles, "the claim is about all of these"
+    assert {"tied" if preset == "paper" else "embedding", "pad", "hidden", "bias", "gain"} <= roles, "all of these"
     assert ("position" in roles) == (preset == "paper" or stages > 1)
     assert all(group["params"] for group in groups)
 

@@ -20,6 +20,7 @@ import pytest
 import data_prep.cli
 from mbtrain import cli, config
 from mbtrain.bench import VERBS
+from mbtrain.sweep import spec as specs
 from tests import launch
 from tests.launch import ROOT
 
@@ -85,10 +86,17 @@ def test_a_written_command_names_a_verb_and_its_options(call: tuple[str, ...]) -
     assert {key.replace("-", "_") for key in options if key not in dotted} <= known
     assert not any(arg.startswith("-") and not arg.startswith("--") for arg in args), "options are --key=value"
     assert all("=" in arg or arg[2:] in {*program.flags, "help"} for arg in args if arg.startswith("--"))
-    if verb in ("train", "flops", "doctor"):
+    if verb in ("train", "flops", "doctor", "coord-check"):
         given = [arg for arg in args if not arg.startswith("-")]
         path = given[0] if given and given[0] != "CONFIG" else "configs/quickstart.yaml"
-        config.load(ROOT / path, dotted)  # keys and values
+        if not any(f"--out={path}" in call for call in WRITTEN):  # which another command makes
+            config.load(ROOT / path, dotted)  # keys and values
+    elif verb == "sweep":
+        path = ROOT / args[0]
+        if path.is_file():
+            own = {"out", "share", "retry", "report", "json"}
+            spec = specs.read(path, {key: value for key, value in options.items() if key not in own})
+            specs.settings(spec, specs.planned(spec)[:1])
     else:
         assert not dotted
 

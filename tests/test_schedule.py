@@ -6,14 +6,18 @@ pytest tests/test_schedule.py
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mbtrain import metrics
 from mbtrain.config import OptimConfig
-from mbtrain.schedule import decay, lr_factor
+from mbtrain.errors import ConfigError
+from mbtrain.schedule import batch_factor, decay, lr_factor
+from tests import launch, tiny
 
 KINDS = ("polynomial", "cosine", "wsd", "constant")
 shares = st.floats(0, 1)
@@ -82,3 +86,33 @@ def test_a_share_outside_0_to_1_is_its_nearest_end(kind: str) -> None:
     o = optim(schedule=kind, power=0.5)
     assert lr_factor(o, 9, 1.001) == lr_factor(o, 9, 1.0)
     assert lr_factor(o, 9, -0.1) == lr_factor(o, 9, 0.0) == 1
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
+def test_the_lr_follows_the_batch_by_its_rule(rule: Any, factor: float) -> None:
+    o = optim(batch_rule=rule, batch_base=16)
+    assert batch_factor(o, 64) == factor
+    assert batch_factor(o, 4) == 1 / factor
+    assert batch_factor(o, 16) == 1
+    assert batch_factor(optim(), 64) == 1
+
+
+def test_a_rule_without_a_base_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.batch_base: got None, expected the rows at which optim\.lr holds"):
+        optim(batch_rule="sqrt")
+    assert optim(batch_base=16).batch_rule == "none", "so that a sweep can hold the base"
+
+
+def test_the_lr_that_is_logged_is_the_one_applied(shards: Path, tmp_path: Path) -> None:
+    """Four times the batch at its rule is twice the LR without one: the same update, and the same losses."""
+    train = {"steps": 3, "global_batch_size": 8}
+    tree = tiny.tree(data={"path": str(shards)}, train=train, optim={"lr": 1e-3, "schedule": "cosine"})
+    path = launch.config_file(tmp_path, tree)
+    ruled, plain = tmp_path / "ruled", tmp_path / "plain"
+    launch.mbtrain(["train", str(path), f"--run={ruled}", "--optim.batch_rule=sqrt", "--optim.batch_base=2"])
+    launch.mbtrain(["train", str(path), f"--run={plain}", "--optim.lr=2e-3"])
+    read = [metrics.read(run / "metrics.jsonl") for run in (ruled, plain)]
+    lrs = [[line["optim/lr"] for line in lines if "optim/lr" in line] for lines in read]
+    assert lrs[0] == pytest.approx(lrs[1])
+    assert lrs[0][1] == pytest.approx(2e-3 * 0.75), "cosine after a third of the run"
+    assert launch.losses(ruled) == pytest.approx(launch.losses(plain), abs=1e-6)

@@ -109,6 +109,29 @@ def test_two_ranks_of_every_zero_stage_agree_with_one(
     assert evaluation.evaluate_run(run, batch=3)["bpb"] == pytest.approx(lines[-1]["val/bpb"], abs=1e-6)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_mup_survives_every_zero_stage(shards: Path, tmp_path: Path, stage: int) -> None:
+    """Groups of different LR, decay and eps, each under the schedule; five LRs at least, not one."""
+    stages = [
+        {**stage, "base_d_model": stage["d_model"] // factor, "base_n_layers": 1}
+        for stage, factor in zip(tiny.STAGES[2], (4, 2), strict=True)
+    ]
+    mup = {"preset": "modern", "parametrization": "mup", "stages": stages, "mup": {"depth_power": 0.5}}
+    optim = {"weight_decay": 1.0, "embedding_lr": 3.0, "schedule": "cosine"}
+    settings = {**tree(shards, optim=optim, train={"zero_stage": stage}), "model": mup}
+    c = config.validate(settings)
+    scales = {group["lr_scale"] for group in parameter_groups(build(c), c)}
+    assert len(scales) >= 5
+    run = tmp_path / "run"
+    launch.mbtrain(["train", str(launch.config_file(tmp_path, settings)), f"--run={run}"], ranks=2)
+    expected, final = bare_loop(shards, settings)
+    assert launch.losses(run) == pytest.approx(expected, abs=1e-5)
+    for name, weight in weights(run).items():
+        torch.testing.assert_close(weight, final[name], atol=3 * WEIGHT_NOISE, rtol=0)
+    sp, _ = bare_loop(shards, {**settings, "model": {**mup, "parametrization": "sp"}})
+    assert launch.losses(run) != pytest.approx(sp, abs=1e-3), "the claim is about mup"
+
+
 @pytest.mark.parametrize(("ranks", "sequence", "stage"), [(2, 2, 1), (4, 2, 2), (4, 4, 3), (2, 2, 0)])
 @pytest.mark.parametrize("rows", ["packed", "sample"])
 def test_ranks_that_share_their_rows_agree_with_one(

@@ -15,7 +15,7 @@ import data_prep.image
 import data_prep.text  # noqa: F401
 from mbtrain import cli, engine, sample, train  # noqa: F401
 
-engine._import_deepspeed()
+engine.import_deepspeed()
 for name in ("runtime.zero.muon.original_muon", "runtime.zero.stage_1_and_2", "runtime.zero.stage3"):
     importlib.import_module(f"deepspeed.{name}")
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])

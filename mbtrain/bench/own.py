@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbtrain import config, engine, hardware, sample
+from mbtrain import config, engine, hardware, optim, sample
 from mbtrain.bench.peer import Handlers, clock, rows_at, serve
 from mbtrain.config import Config
 from mbtrain.data.order import mix_numbers
@@ -47,7 +47,7 @@ def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[
             lost += each.detach().double().sum()
             if micro_step + 1 < wrapped.accumulation:
                 wrapped.step(0.0)
-        summed = engine.total([float(lost), float(sum(wrapped.bad_parameters())), 0.0, 0.0, 0.0, 0.0], ranks)
+        summed = engine.total([float(lost), sum(wrapped.gradient_squares()), 0.0, 0.0, 0.0, 0.0], ranks)
         wrapped.step(factor)
         done[0] += 1
         return summed[0] / ids.numel()
@@ -61,10 +61,11 @@ def _must_predict_whole_rows(settings: Config) -> None:
         raise ConfigError("model.kind: got perceiver_ar, expected another; `mbtrain bench claims` trains it")
 
 
-def bare_step(settings: Config, model: Model) -> Step:
-    """The same update in a plain loop: bf16 weights with fp32 masters, or fp32; fused AdamW, clipping.
+def bare_step(settings: Config, model: Model) -> tuple[Step, Callable[[], None]]:
+    """The same update in a plain loop: bf16 weights with fp32 masters, or fp32; the optimizer asked for, clipping.
 
-    The model is trained in place, and turned to bf16 where that is the precision.
+    The model is trained in place, and turned to bf16 where that is the precision. The second function, called after the
+    last step, puts into it the weights that are evaluated, where those are averages.
     """
     _must_predict_whole_rows(settings)
     train = settings.train
@@ -74,12 +75,17 @@ def bare_step(settings: Config, model: Model) -> Step:
     groups = engine.parameter_groups(model, settings)
     if masters:
         place = {id(p): master for p, master in zip(model.parameters(), masters, strict=True)}
+        for param in model.parameters():
+            vars(place[id(param)]).update(vars(param))  # role, rule, parts
         for group in groups:
             group["params"] = [place[id(p)] for p in group["params"]]
         model.bfloat16()
     params = list(model.parameters())
     trained = masters or params
-    optimizer = torch.optim.AdamW(groups, betas=settings.optim.betas, eps=settings.optim.eps, fused=True)
+    optimizer = optim.build(groups, settings)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.ready(group, param)
     micro, accumulation = config.batch_shape(settings, 1)
     model.train()
 
@@ -96,6 +102,8 @@ def bare_step(settings: Config, model: Model) -> Step:
             torch.nn.utils.clip_grad_norm_(trained, train.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = settings.optim.lr * group["lr_scale"] * factor
+        if isinstance(optimizer, optim.ScheduleFree):
+            optimizer.lr = settings.optim.lr * factor
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -103,7 +111,12 @@ def bare_step(settings: Config, model: Model) -> Step:
                 param.copy_(master)
         return lost
 
-    return step
+    @torch.no_grad()
+    def finish() -> None:
+        for weights, param in zip(trained, params, strict=True):
+            param.copy_(optimizer.averaged(weights, optimizer.state[weights]))
+
+    return step, finish
 
 
 def handlers(settings: Config, mode: str, train_file: str) -> Handlers:
@@ -113,7 +126,7 @@ def handlers(settings: Config, mode: str, train_file: str) -> Handlers:
     if mode == "generate":
         return _generating(build(settings).eval())
     if mode == "bare":
-        return _training(settings, train_file, bare_step(settings, build(settings)), None)
+        return _training(settings, train_file, bare_step(settings, build(settings))[0], None)
     return _training(settings, train_file, *engine_step(settings, ranks))
 
 

@@ -99,7 +99,7 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
     engine.keep_memory()
     torch.manual_seed(settings.train.seed)
     model = build(settings)
-    step = bare_step(settings, model)
+    step, finish = bare_step(settings, model)
     opened = open_sources(settings, "train", seed=settings.train.seed)
     rows = mixture(settings.data, [(source.name, source.stream) for source in opened])
     t = settings.data.seq_len
@@ -111,6 +111,7 @@ def _train_one(config_path: str, data: str, cpu_seconds: float, val_bytes: int, 
         updates += 1
         if not math.isfinite(lost):
             return f"{math.inf}\tdiverged at update {updates}"
+    finish()
     model.eval()
     score = evaluate.score(
         model,

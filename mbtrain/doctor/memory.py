@@ -66,10 +66,11 @@ def predict(settings: Config, ranks: int, device: Device, stage: int | None = No
     bucket = float(BUCKET) if device == "cuda" else min(p, BUCKET)
     fetched = min(p, FETCHED)
     e = 2 if precision in ("bf16", "fp16") else 4
-    optimizer = 12 * p / ranks
+    ema = 4 * p if settings.optim.ema is not None else 0.0
+    optimizer = (12 * p + ema) / ranks
     if stage == 0:
         weights, gradients, exchange = e * p, e * p, 4 * min(p, BUCKET)
-        optimizer = 12 * p if e == 2 else 8 * p
+        optimizer = (12 * p if e == 2 else 8 * p) + ema
     elif stage == 1 and precision == "bf16":
         weights, gradients, exchange = 2 * p, 4 * p, 8 * p
     elif stage == 1:
@@ -88,14 +89,20 @@ def on_host(settings: Config, ranks: int, *, cuda: bool) -> OnHost:
     """Host memory that one rank takes. Beside a GPU, training's is the fp32 model that each rank builds first."""
     p = float(count(settings).parameters)
     training = 4 * p if cuda else KEPT * predict(settings, ranks, "cpu").total
-    return OnHost(PROCESS_BYTES["cuda" if cuda else "cpu"], training, 12 * p / ranks)
+    return OnHost(PROCESS_BYTES["cuda" if cuda else "cpu"], training, _state_bytes(settings) / ranks)
 
 
 def checkpoint_bytes(settings: Config, last_step: int | None) -> int:
     """What checkpoints take on the disk at most: keep_last and one being written, and those that stay for good."""
     keep = settings.checkpoint
     for_good = (last_step or 0) // keep.keep_every_steps if keep.keep_every_steps else 0
-    return 12 * count(settings).parameters * (keep.keep_last + 1 + for_good)
+    return _state_bytes(settings) * (keep.keep_last + 1 + for_good)
+
+
+def _state_bytes(settings: Config) -> int:
+    """Of a checkpoint: weights and two moments in fp32, and the weights that were trained beside their averages."""
+    averages = settings.optim.ema is not None or settings.optim.name == "schedule_free"
+    return (16 if averages else 12) * count(settings).parameters
 
 
 def activations(

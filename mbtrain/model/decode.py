@@ -56,6 +56,7 @@ def one_more(block: Block) -> OneMore:
     attn_norm, ffn_norm = _norm(block.attn_norm), _norm(block.ffn_norm)
     qkv, out, up, down = ((m.weight, m.bias) for m in (attn.qkv, attn.out, ffn.up, ffn.down))
     token_shift, activation, window = block.token_shift, ffn.activation, attn.window
+    query_multiplier, branch_multiplier = attn.query_multiplier, block.branch_multiplier
 
     def step(x: Tensor, cache: LayerCache, angles: Angles | None, starts: Tensor | None, mask: Tensor | None) -> Tensor:
         normed = attn_norm(x)
@@ -68,17 +69,21 @@ def one_more(block: Block) -> OneMore:
         if angles is not None:
             qk = rotate(qk, *angles)
         q, k = qk.unbind(1)
+        if query_multiplier != 1:
+            q = q * query_multiplier
         n = cache.used
         cache.keys.select(2, n).copy_(k)
         cache.values.select(2, n).copy_(qkv_.select(1, 2))
         first = 0 if window is None else max(n + 1 - window, 0)
         keys, values = cache.keys.narrow(2, first, n + 1 - first), cache.values.narrow(2, first, n + 1 - first)
         mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask)
-        x = x + F.linear(mixed.reshape(x.shape), *out)
+        added = F.linear(mixed.reshape(x.shape), *out)
+        x = x + (added if branch_multiplier == 1 else added * branch_multiplier)
         normed = ffn_norm(x)
         if token_shift:
             normed, cache.ffn_last = _shift(normed, cache.ffn_last, starts)
-        return x + F.linear(activate(F.linear(normed, *up), activation), *down)
+        added = F.linear(activate(F.linear(normed, *up), activation), *down)
+        return x + (added if branch_multiplier == 1 else added * branch_multiplier)
 
     return step
 

@@ -4,8 +4,8 @@ Legend: b batch (any leading sequences) · t positions · d features · h heads 
         k patches of a row · r positions in a patch · w chunks, or the width of a convolution
 
 A role says what a parameter is, so that initialisation, weight decay and learning rates are read off it and not
-off names or shapes: embedding, position, pad, hidden (matrices inside blocks), project (between stages), readout,
-gain, bias.
+off names or shapes: embedding, tied (one that gives logits, too), position, pad, hidden (matrices inside blocks),
+project (between stages), readout, gain, bias. With the shape at base it gives the parameter's rule (mup.py).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mbtrain import vocab
-from mbtrain.config import BlockConfig, InitConfig, StageConfig
+from mbtrain.config import InitConfig, ModelConfig
+from mbtrain.model.mup import ROLES, Rule, branch_multiplier, query_multiplier, rule
 from mbtrain.model.sequence import WHOLE, Attend, Part
 
-ROLES = ("embedding", "position", "pad", "hidden", "project", "readout", "gain", "bias")
 NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 
@@ -39,12 +39,12 @@ _WINDOW_CHUNK = 128
 _PLAIN_WINDOW_MAX_T = 2048
 
 
-def parameter(role: str, tensor: Tensor) -> nn.Parameter:
-    """A trainable parameter that carries its role. Raises ValueError for an unknown role."""
+def parameter(role: str, tensor: Tensor, rule: Rule) -> nn.Parameter:
+    """A trainable parameter that carries its role and rule. Raises ValueError for an unknown role."""
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}, expected one of {ROLES}")
     made = nn.Parameter(tensor)
-    made.role = role  # type: ignore[attr-defined]
+    made.role, made.rule = role, rule  # type: ignore[attr-defined]
     return made
 
 
@@ -56,6 +56,12 @@ def role_of(name: str, param: nn.Parameter) -> str:
     return cast(str, role)
 
 
+def rule_of(name: str, param: nn.Parameter) -> Rule:
+    """The rule of a parameter, which came with its role; ValueError where it has none."""
+    role_of(name, param)
+    return cast(Rule, param.rule)  # type: ignore[attr-defined]
+
+
 def draw(shape: tuple[int, ...], std: float, init: InitConfig) -> Tensor:
     """A normal tensor of this std, cut at two std where the scheme says so (paper, appendix A.2)."""
     if init.scheme == "truncated":
@@ -63,25 +69,50 @@ def draw(shape: tuple[int, ...], std: float, init: InitConfig) -> Tensor:
     return nn.init.normal_(torch.empty(shape), std=std)
 
 
-def matrix(role: str, out_features: int, in_features: int, init: InitConfig, scale: float = 1.0) -> nn.Parameter:
-    """A weight (out, in): N(0, std) in the truncated scheme, N(0, 1/in) in the fan_in scheme, times scale."""
-    std = init.std if init.scheme == "truncated" else in_features**-0.5
-    return parameter(role, draw((out_features, in_features), std * scale, init))
+def matrix(
+    role: str,
+    shape: tuple[int, int],
+    base: tuple[int, int],
+    config: ModelConfig,
+    *,
+    scale: float = 1.0,
+    depth: float = 1.0,
+) -> nn.Parameter:
+    """A weight (out, in), whose shape at base is `base`. At base: N(0, std) in the truncated scheme, N(0, 1/in) in the
+    fan_in scheme, times scale. depth: of its stage relative to the base's, for what is inside blocks."""
+    made = rule(role, shape, base, config.mup, depth)
+    std = config.init.std if config.init.scheme == "truncated" else base[1] ** -0.5
+    return parameter(role, draw(shape, std * scale * made.init_std, config.init), made)
 
 
-def table(role: str, rows: int, width: int, init: InitConfig) -> nn.Parameter:
-    """An embedding-like table (rows, width)."""
-    return parameter(role, draw((rows, width), init.std if init.scheme == "truncated" else init.embed_std, init))
+def table(role: str, rows: int, width: int, base: int, config: ModelConfig) -> nn.Parameter:
+    """An embedding-like table (rows, width), `base` wide at base."""
+    std = config.init.std if config.init.scheme == "truncated" else config.init.embed_std
+    return parameter(role, draw((rows, width), std, config.init), rule(role, (rows, width), (rows, base), config.mup))
+
+
+def pad(width: int, base: int, config: ModelConfig) -> nn.Parameter:
+    """What stands where there is no byte before, (width,)."""
+    made = rule("pad", (width,), (base,), config.mup)
+    return parameter("pad", draw((width,), config.init.embed_std, config.init), made)
+
+
+def bias_of(width: int, base: int, config: ModelConfig, depth: float = 1.0) -> nn.Parameter | None:
+    """A bias or shift (width,), zeros, where the block has them."""
+    if not config.block.bias:
+        return None
+    return parameter("bias", torch.zeros(width), rule("bias", (width,), (base,), config.mup, depth))
 
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over features, with or without gain (and shift); x (..., d) -> (..., d)."""
 
-    def __init__(self, width: int, block: BlockConfig):
+    def __init__(self, width: int, base: int, config: ModelConfig, depth: float = 1.0):
         super().__init__()
-        self.rms = block.norm == "rmsnorm"
-        self.gain = parameter("gain", torch.ones(width)) if block.norm_gain else None
-        self.bias = parameter("bias", torch.zeros(width)) if block.bias and not self.rms else None
+        self.rms = config.block.norm == "rmsnorm"
+        made = rule("gain", (width,), (base,), config.mup, depth)
+        self.gain = parameter("gain", torch.ones(width), made) if config.block.norm_gain else None
+        self.bias = None if self.rms else bias_of(width, base, config, depth)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rms:
@@ -92,10 +123,10 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """x (..., in) -> (..., out), with a bias where the block has biases."""
 
-    def __init__(self, weight: nn.Parameter, bias: bool):
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
         super().__init__()
         self.weight = weight
-        self.bias = parameter("bias", torch.zeros(weight.shape[0])) if bias else None
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -133,6 +164,8 @@ class LayerCache:
         self.keys[:, :, :cross_patch] = rotate(self.keys[:, :, kept], *back)
         self.values[:, :, :cross_patch] = self.values[:, :, kept].clone()
         self.used = self.before = cross_patch
+        self.attn_last.zero_()  # token shift stays inside patches
+        self.ffn_last.zero_()
 
     @property
     def _head(self) -> tuple[int, torch.device]:
@@ -271,22 +304,26 @@ class Attention(nn.Module):
     cross_patch (and rotary, which it needs) b runs over patches, the mask is `across_mask`'s.
     """
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool, cross_patch: int = 0):
+    def __init__(self, config: ModelConfig, index: int, rotary: bool, cross_patch: int = 0):
         super().__init__()
-        d = stage.d_model
+        stage, base = config.stages[index], config.base(index)
         self.n_heads, self.d_head = stage.n_heads, stage.d_head
         self.window, self.cross_patch = stage.window, cross_patch
-        self.qk_norm, self.rotary, self.dropout = block.qk_norm, rotary, block.dropout
+        self.qk_norm, self.rotary, self.dropout = config.block.qk_norm, rotary, config.block.dropout
         self.part: Part = WHOLE
         self.attend: Attend = attend
-        self.qkv = Linear(matrix("hidden", 3 * d, d, init), block.bias)
-        self.out = Linear(matrix("hidden", d, d, init, _branch_scale(stage, init)), block.bias)
+        self.query_multiplier = query_multiplier(config.mup, stage.d_head, base.d_head)
+        d, base_d = stage.d_model, base.d_model
+        self.qkv = hidden((3 * d, d), (3 * base_d, base_d), config, index, parts=3)
+        self.out = hidden((d, d), (base_d, base_d), config, index, last=True)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (n h c) -> n b h t c", n=3, h=self.n_heads)
         if self.qk_norm:
             q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
             k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
+        if self.query_multiplier != 1:
+            q = q * self.query_multiplier
         if self.rotary:
             start = self.part.index * x.shape[1] if cache is None else cache.done
             cos, sin = rotary_angles(start, x.shape[1], self.d_head, x.device)
@@ -310,13 +347,14 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """x (..., d) -> (..., d) through d_ff features; swiglu has d_ff of gate and d_ff of value."""
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.activation = block.activation
-        rows = stage.ff_width * (2 if block.activation == "swiglu" else 1)
-        self.up = Linear(matrix("hidden", rows, stage.d_model, init), block.bias)
-        scale = _branch_scale(stage, init)
-        self.down = Linear(matrix("hidden", stage.d_model, stage.ff_width, init, scale), block.bias)
+        stage, base = config.stages[index], config.base(index)
+        self.activation = config.block.activation
+        rows = 2 if self.activation == "swiglu" else 1
+        up = (rows * stage.ff_width, stage.d_model), (rows * base.ff_width, base.d_model)
+        self.up = hidden(*up, config, index, parts=rows)
+        self.down = hidden((stage.d_model, stage.ff_width), (base.d_model, base.ff_width), config, index, last=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.down(activate(self.up(x), self.activation)))
@@ -340,13 +378,16 @@ class Block(nn.Module):
     Where documents are kept apart, starts (b, t) and mask (b, 1, t, s) say it: see shift_half and attend.
     """
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool, cross_patch: int = 0):
+    def __init__(
+        self, config: ModelConfig, index: int, rotary: bool, cross_patch: int = 0, attn: Attention | None = None
+    ):
         super().__init__()
-        self.token_shift, self.dropout = block.token_shift, block.dropout
-        self.attn_norm = Norm(stage.d_model, block)
-        self.attn = Attention(stage, block, init, rotary, cross_patch)
-        self.ffn_norm = Norm(stage.d_model, block)
-        self.ffn = FeedForward(stage, block, init)
+        self.token_shift, self.dropout = config.block.token_shift, config.block.dropout
+        self.branch_multiplier = branch_multiplier(config.mup, depth_of(config, index))
+        self.attn_norm = block_norm(config, index)
+        self.attn = attn or Attention(config, index, rotary, cross_patch)
+        self.ffn_norm = block_norm(config, index)
+        self.ffn = FeedForward(config, index)
 
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, starts: Tensor | None = None, mask: Tensor | None = None
@@ -356,13 +397,18 @@ class Block(nn.Module):
             normed, kept = shift_half(normed, None if cache is None else cache.attn_last, starts), normed
             if cache is not None:
                 cache.attn_last = kept[:, -1:]
-        x = x + F.dropout(self.attn(normed, cache, mask), self.dropout, self.training)
+        x = x + self.branch(self.attn(normed, cache, mask))
         normed = self.ffn_norm(x)
         if self.token_shift:
             normed, kept = shift_half(normed, None if cache is None else cache.ffn_last, starts), normed
             if cache is not None:
                 cache.ffn_last = kept[:, -1:]
-        return x + F.dropout(self.ffn(normed), self.dropout, self.training)
+        return x + self.branch(self.ffn(normed))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What a branch adds: its dropout, and muP's factor of depth."""
+        x = F.dropout(x, self.dropout, self.training)
+        return x if self.branch_multiplier == 1 else x * self.branch_multiplier
 
 
 class Transformer(nn.Module):
@@ -376,21 +422,12 @@ class Transformer(nn.Module):
     in every layer at so many last positions of the patch before in its row, too; rotary positions must be on.
     """
 
-    def __init__(
-        self,
-        stage: StageConfig,
-        block: BlockConfig,
-        init: InitConfig,
-        *,
-        rotary: bool,
-        final_norm: bool,
-        cross_patch: int = 0,
-    ):
+    def __init__(self, config: ModelConfig, index: int, *, rotary: bool, cross_patch: int = 0):
         super().__init__()
-        self.stage, self.cross_patch = stage, cross_patch
+        self.stage, self.cross_patch = config.stages[index], cross_patch
         self.checkpointing = False
-        self.blocks = nn.ModuleList(Block(stage, block, init, rotary, cross_patch) for _ in range(stage.n_layers))
-        self.final_norm = Norm(stage.d_model, block) if final_norm else None
+        self.blocks = nn.ModuleList(Block(config, index, rotary, cross_patch) for _ in range(self.stage.n_layers))
+        self.final_norm = final_norm(config, index)
 
     def forward(
         self,
@@ -437,7 +474,7 @@ class Transformer(nn.Module):
 class CausalConvolution(Linear):
     """x (b, d, t) -> (b, o, t), of each position and the width - 1 before it; the weight is a matrix (o, d width)."""
 
-    def __init__(self, weight: nn.Parameter, bias: bool, width: int):
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, width: int):
         super().__init__(weight, bias)
         self.width = width
 
@@ -455,12 +492,16 @@ class CausalConvolutions(nn.Module):
     Before a row there are zeros.
     """
 
-    def __init__(self, widths: tuple[int, ...], d: int, block: BlockConfig, init: InitConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.widths = widths
-        scale = (2 * len(widths)) ** -0.5 if init.residual == "scaled" else 1.0
+        self.widths = config.conv_encoder
+        d, base = config.stages[0].d_byte, config.base(0).d_byte
+        scale = (2 * len(self.widths)) ** -0.5 if config.init.residual == "scaled" else 1.0
         self.layers = nn.ModuleList(
-            CausalConvolution(matrix("hidden", d, d * w, init, scale), block.bias, w) for w in widths
+            CausalConvolution(
+                matrix("hidden", (d, d * w), (base, base * w), config, scale=scale), bias_of(d, base, config), w
+            )
+            for w in self.widths
         )
 
     @property
@@ -475,5 +516,39 @@ class CausalConvolutions(nn.Module):
         return rearrange(h, "b d t -> b t d")
 
 
-def _branch_scale(stage: StageConfig, init: InitConfig) -> float:
-    return float((2 * stage.n_layers) ** -0.5) if init.residual == "scaled" else 1.0
+def depth_of(config: ModelConfig, index: int) -> float:
+    """Layers of a stage relative to its base's."""
+    return config.stages[index].n_layers / config.base(index).n_layers
+
+
+def hidden(
+    shape: tuple[int, int],
+    base: tuple[int, int],
+    config: ModelConfig,
+    index: int,
+    last: bool = False,
+    parts: int = 1,
+) -> Linear:
+    """A linear layer (out, in) inside a stage's blocks; last: the one whose result is added to the residual stream.
+
+    parts: matrices that this one holds, one below the other (an optimizer of matrices takes each by itself).
+    """
+    scaled = last and config.init.residual == "scaled"
+    scale = float((2 * config.base(index).n_layers) ** -0.5) if scaled else 1.0
+    depth = depth_of(config, index)
+    weight = matrix("hidden", shape, base, config, scale=scale, depth=depth)
+    weight.parts = parts  # type: ignore[attr-defined]
+    return Linear(weight, bias_of(shape[0], base[0], config, depth))
+
+
+def block_norm(config: ModelConfig, index: int) -> Norm:
+    """A norm before a branch of a stage's blocks."""
+    stage, base = config.stages[index], config.base(index)
+    return Norm(stage.d_model, base.d_model, config, depth_of(config, index))
+
+
+def final_norm(config: ModelConfig, index: int) -> Norm | None:
+    """The norm after a stage's last block, where models have one."""
+    if not config.final_norm:
+        return None
+    return Norm(config.stages[index].d_model, config.base(index).d_model, config)

@@ -49,12 +49,12 @@ from mbtrain.model.decode import Decoder
 from mbtrain.model.layers import (
     Attention,
     CausalConvolutions,
-    Norm,
     Transformer,
     document_starts,
-    draw,
+    final_norm,
     matrix,
-    parameter,
+    pad,
+    rule_of,
     table,
 )
 from mbtrain.model.sequence import WHOLE, Attend, Part
@@ -74,34 +74,30 @@ class Stage(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, vocab_size: int, seq_len: int):
         super().__init__()
-        stage, init = config.stages[index], config.init
+        stage, base = config.stages[index], config.base(index)
         self.patch_size, self.d_byte = stage.patch_size, stage.d_byte
         self.left_over = stage.d_model - stage.patch_size * stage.d_byte
         self.coarsest = index == 0
         kind = config.positions if self.coarsest else config.local_positions
         cross_patch = config.cross_patch if index == len(config.stages) - 1 else 0
-        d_byte = stage.d_byte
-        self.embed = table("embedding", vocab_size, d_byte, init)
-        self.pad = parameter("pad", draw((stage.d_model,), init.embed_std, init))
+        tied = config.tied and index == len(config.stages) - 1
+        self.embed = table("tied" if tied else "embedding", vocab_size, stage.d_byte, base.d_byte, config)
+        self.pad = pad(stage.d_model, base.d_model, config)
         if self.coarsest:
             self.slots = 0
             self.project = None
-            self.positions = table("position", seq_len, d_byte, init) if kind == "learned" else None
+            self.positions = (
+                table("position", seq_len, stage.d_byte, base.d_byte, config) if kind == "learned" else None
+            )
         else:
-            coarser = config.stages[index - 1]
-            self.slots = coarser.patch_size // stage.patch_size
+            self.slots = config.stages[index - 1].patch_size // stage.patch_size
             self.project = None if config.without == "global" else projection(config, index)
-            self.positions = table("position", self.slots, stage.d_model, init) if kind == "learned" else None
-        widths = config.conv_encoder if self.coarsest else ()
-        self.convolutions = CausalConvolutions(widths, d_byte, config.block, init) if widths else None
-        self.transformer = Transformer(
-            stage,
-            config.block,
-            init,
-            rotary=kind == "rotary" or cross_patch > 0,
-            final_norm=config.final_norm,
-            cross_patch=cross_patch,
-        )
+            self.positions = (
+                table("position", self.slots, stage.d_model, base.d_model, config) if kind == "learned" else None
+            )
+        self.convolutions = CausalConvolutions(config) if self.coarsest and config.conv_encoder else None
+        rotary = kind == "rotary" or cross_patch > 0
+        self.transformer = Transformer(config, index, rotary=rotary, cross_patch=cross_patch)
 
     def run(self, ids: Tensor, coarse: Tensor | None, starts: Tensor | None = None) -> Tensor:
         """Eqs. 1 to 3, or 4 and 5: `inputs` through the transformer.
@@ -202,9 +198,10 @@ class Slices(nn.Module):
         super().__init__()
         stage = config.stages[-1]
         self.patch_size, self.slots = stage.patch_size, config.stages[-2].patch_size // stage.patch_size
-        self.embed = table("embedding", vocab_size, stage.d_byte, config.init) if config.tied else None
+        width, base = stage.d_model, config.base(len(config.stages) - 1).d_model
+        self.embed = table("tied", vocab_size, width, base, config) if config.tied else None
         self.project = projection(config, len(config.stages) - 1)
-        self.final_norm = Norm(stage.d_model, config.block) if config.final_norm else None
+        self.final_norm = final_norm(config, len(config.stages) - 1)
 
     def run(self, ids: Tensor, coarse: Tensor | None) -> Tensor:
         """The coarser stage's output (n, D) -> (n, r, d); ids are not looked at."""
@@ -219,8 +216,19 @@ class Slices(nn.Module):
 
 def projection(config: ModelConfig, index: int) -> nn.Parameter:
     """Eq. 4's matrix of a finer stage, (d, D // r)."""
-    stage, coarser = config.stages[index], config.stages[index - 1]
-    return matrix("project", stage.d_model, coarser.d_model // (coarser.patch_size // stage.patch_size), config.init)
+    coarser = config.stages[index - 1]
+    slots = coarser.patch_size // config.stages[index].patch_size
+    shape = config.stages[index].d_model, coarser.d_model // slots
+    base = config.base(index).d_model, config.base(index - 1).d_model // slots
+    return matrix("project", shape, base, config)
+
+
+def readout(config: ModelConfig, vocab_size: int) -> nn.Parameter | None:
+    """The matrix of logits, (v, d); None where they are the last stage's byte embedding's."""
+    if config.tied:
+        return None
+    base = vocab_size, config.base(len(config.stages) - 1).d_model
+    return matrix("readout", (vocab_size, config.stages[-1].d_model), base, config)
 
 
 def slices(coarse: Tensor, slots: int) -> Tensor:
@@ -241,8 +249,8 @@ class Megabyte(nn.Module):
         self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
         self.patch_size = config.stages[0].patch_size
         self.stages = nn.ModuleList(made_stages(config, vocab_size, seq_len))
-        width = config.stages[-1].d_model
-        self.readout = None if config.tied else matrix("readout", vocab_size, width, config.init)
+        self.readout = readout(config, vocab_size)
+        self.logit_multiplier = rule_of("readout", self.unembedding).multiplier
         self.part = WHOLE
 
     def share(self, part: Part, attend: Attend) -> None:
@@ -282,9 +290,16 @@ class Megabyte(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The last stage's output (..., d) -> logits (..., v), eq. 6."""
+        if self.logit_multiplier != 1:
+            x = x * self.logit_multiplier
+        return F.linear(x, self.unembedding)
+
+    @property
+    def unembedding(self) -> nn.Parameter:
+        """The matrix of logits, (v, d)."""
         weight = cast(Stage | Slices, self.stages[-1]).embed if self.readout is None else self.readout
         assert weight is not None
-        return F.linear(x, weight)
+        return weight
 
     def decoder(self, batch: int) -> Decoder:
         """Cached generation of `batch` rows of equal length."""

@@ -39,23 +39,23 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mbtrain.config import BlockConfig, InitConfig, ModelConfig, StageConfig
+from mbtrain.config import ModelConfig
 from mbtrain.model.decode import second_half
 from mbtrain.model.layers import (
     NORM_EPS,
-    FeedForward,
+    Block,
     LayerCache,
-    Linear,
-    Norm,
     Transformer,
     attend,
-    draw,
+    hidden,
     matrix,
-    parameter,
+    pad,
     rotary_angles,
     rotate,
+    rule_of,
     table,
 )
+from mbtrain.model.mup import query_multiplier
 from mbtrain.model.sequence import Attend, Part
 
 
@@ -65,15 +65,16 @@ class CrossAttention(nn.Module):
     Queries have a matrix of their own, so that the t - n others need none.
     """
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
+    def __init__(self, config: ModelConfig, rotary: bool):
         super().__init__()
-        d = stage.d_model
+        stage, base = config.stages[0], config.base(0)
         self.n_heads, self.d_head = stage.n_heads, stage.d_head
-        self.qk_norm, self.rotary, self.dropout = block.qk_norm, rotary, block.dropout
-        self.q = Linear(matrix("hidden", d, d, init), block.bias)
-        self.kv = Linear(matrix("hidden", 2 * d, d, init), block.bias)
-        scale = float((2 * stage.n_layers) ** -0.5) if init.residual == "scaled" else 1.0
-        self.out = Linear(matrix("hidden", d, d, init, scale), block.bias)
+        self.qk_norm, self.rotary, self.dropout = config.block.qk_norm, rotary, config.block.dropout
+        self.query_multiplier = query_multiplier(config.mup, stage.d_head, base.d_head)
+        d, base_d = stage.d_model, base.d_model
+        self.q = hidden((d, d), (base_d, base_d), config, 0)
+        self.kv = hidden((2 * d, d), (2 * base_d, base_d), config, 0, parts=2)
+        self.out = hidden((d, d), (base_d, base_d), config, 0, last=True)
 
     def forward(self, x: Tensor, n: int, cache: LayerCache | None = None) -> Tensor:
         q = rearrange(self.q(x[:, x.shape[1] - n :]), "b n (h c) -> b h n c", h=self.n_heads)
@@ -81,6 +82,8 @@ class CrossAttention(nn.Module):
         if self.qk_norm:
             q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
             k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
+        if self.query_multiplier != 1:
+            q = q * self.query_multiplier
         if self.rotary:
             cos, sin = rotary_angles(0 if cache is None else cache.used, x.shape[1], self.d_head, x.device)
             q, k = rotate(q, cos[-n:], sin[-n:]), rotate(k, cos, sin)
@@ -92,29 +95,23 @@ class CrossAttention(nn.Module):
         return cast(Tensor, self.out(rearrange(mixed, "b h n c -> b n (h c)")))
 
 
-class CrossBlock(nn.Module):
-    """Layer 1: layers.Block with cross-attention, for the last n of t positions, x (b, t, d) -> (b, n, d)."""
+class CrossBlock(Block):
+    """Layer 1: a block with cross-attention, for the last n of t positions, x (b, t, d) -> (b, n, d)."""
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, rotary: bool):
-        super().__init__()
-        self.dropout = block.dropout
-        self.attn_norm = Norm(stage.d_model, block)
-        self.attn = CrossAttention(stage, block, init, rotary)
-        self.ffn_norm = Norm(stage.d_model, block)
-        self.ffn = FeedForward(stage, block, init)
+    def __init__(self, config: ModelConfig, rotary: bool):
+        super().__init__(config, 0, rotary, attn=CrossAttention(config, rotary))  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, n: int, cache: LayerCache | None = None) -> Tensor:
-        mixed = self.attn(self.attn_norm(x), n, cache)
-        x = x[:, x.shape[1] - n :] + F.dropout(mixed, self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+    def forward(self, x: Tensor, n: int, cache: LayerCache | None = None) -> Tensor:  # type: ignore[override]
+        x = x[:, x.shape[1] - n :] + self.branch(self.attn(self.attn_norm(x), n, cache))
+        return x + self.branch(self.ffn(self.ffn_norm(x)))
 
 
 class Latents(Transformer):
     """A transformer whose first block is a CrossBlock: `cross`, then `rest` of it on the latents of a pass."""
 
-    def __init__(self, stage: StageConfig, block: BlockConfig, init: InitConfig, *, rotary: bool, final_norm: bool):
-        super().__init__(stage, block, init, rotary=rotary, final_norm=final_norm)
-        self.blocks[0] = CrossBlock(stage, block, init, rotary)
+    def __init__(self, config: ModelConfig, *, rotary: bool):
+        super().__init__(config, 0, rotary=rotary)
+        self.blocks[0] = CrossBlock(config, rotary)
 
     def cross(self, x: Tensor, n: int, cache: LayerCache | None = None) -> Tensor:
         """Layer 1 of the last n positions, (b, t, d) -> (b, n, d); x follows what the cache holds, if any."""
@@ -140,16 +137,16 @@ class PerceiverAR(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int):
         super().__init__()
         assert config.latents is not None
-        stage, init = config.stages[0], config.init
+        d, base = config.stages[0].d_model, config.base(0).d_model
         self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
         self.patch_size = 1
         self.latents, self.stride = config.latents, config.latents // 2
-        self.embed = table("embedding", vocab_size, stage.d_model, init)
-        self.pad = parameter("pad", draw((stage.d_model,), init.embed_std, init))
-        self.positions = table("position", seq_len, stage.d_model, init) if config.positions == "learned" else None
-        rotary = config.positions == "rotary"
-        self.transformer = Latents(stage, config.block, init, rotary=rotary, final_norm=config.final_norm)
-        self.readout = None if config.tied else matrix("readout", vocab_size, stage.d_model, init)
+        self.embed = table("tied" if config.tied else "embedding", vocab_size, d, base, config)
+        self.pad = pad(d, base, config)
+        self.positions = table("position", seq_len, d, base, config) if config.positions == "learned" else None
+        self.transformer = Latents(config, rotary=config.positions == "rotary")
+        self.readout = None if config.tied else matrix("readout", (vocab_size, d), (vocab_size, base), config)
+        self.logit_multiplier = rule_of("readout", self.unembedding).multiplier
 
     def forward(self, ids: Tensor) -> Tensor:
         b, t = ids.shape
@@ -188,7 +185,14 @@ class PerceiverAR(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The last layer's output (..., d) -> logits (..., v)."""
-        return F.linear(x, self.embed if self.readout is None else self.readout)
+        if self.logit_multiplier != 1:
+            x = x * self.logit_multiplier
+        return F.linear(x, self.unembedding)
+
+    @property
+    def unembedding(self) -> nn.Parameter:
+        """The matrix of logits, (v, d)."""
+        return self.embed if self.readout is None else self.readout
 
     def decoder(self, batch: int) -> Decoder:
         """Cached generation for so many rows."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mbtrain.config import ModelConfig
 from mbtrain.model.decode_space import SpaceDecoder
-from mbtrain.model.layers import Block, attend, draw, parameter
+from mbtrain.model.layers import Block, attend, pad
 from mbtrain.model.megabyte import Megabyte, Stage
 from mbtrain.model.patching import Patches, mean_patch_bytes, patches
 from mbtrain.model.sequence import Attend, Part
@@ -70,7 +70,7 @@ class SpaceMegabyte(Megabyte):
         super().__init__(config, vocab_size, seq_len)
         self.back = self.patch_size - 1 + config.cross_patch
         self.chunk = max(_CHUNK, self.back)
-        self.filler = parameter("pad", draw((self.coarse.d_byte,), config.init.embed_std, config.init))
+        self.filler = pad(self.coarse.d_byte, config.base(0).d_byte, config)
         for block in self.local.transformer.blocks:
             attention = cast(Block, block).attn
             # Bytes before the patch are among those that the window's mask lets it look at.

@@ -28,8 +28,8 @@ from mbtrain.tracking.fetching import fetch
 from mbtrain.tracking.files import ENVIRONMENT, STATUSES, default_uri, run_id, store
 from mbtrain.tracking.labels import labels
 from mbtrain.tracking.pages import compare_url, ui
-from mbtrain.tracking.shipper import sync
-from mbtrain.tracking.trainer import finish, start_shipper
+from mbtrain.tracking.shipper import stand_back, sync
+from mbtrain.tracking.trainer import finish, leave_to_sync, spawn, start_shipper
 
 __all__ = [
     "ENVIRONMENT",
@@ -39,7 +39,10 @@ __all__ = [
     "fetch",
     "finish",
     "labels",
+    "leave_to_sync",
     "run_id",
+    "spawn",
+    "stand_back",
     "start_shipper",
     "store",
     "sync",

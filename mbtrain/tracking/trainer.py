@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -64,6 +65,20 @@ def start_shipper(
         return None
 
 
+def leave_to_sync(
+    run_dir: Path | str, uri: str, experiment: str, run_name: str, *, run_id: str | None, parent: str | None
+) -> None:
+    """Write down where RUN is to be sent to, and start nothing: who started the training sends it by `sync`.
+
+    The arguments are those of `start_shipper`.
+    """
+    request = {"experiment": experiment, "run_name": run_name, "run_id": run_id, "parent": parent}
+    try:
+        write_json(Path(run_dir) / "tracking.json", {"tracking_uri": without_password(absolute(uri)), **request})
+    except OSError as error:
+        log.warning("MLflow gets nothing of %s for now (%s)", run_dir, error)
+
+
 def finish(
     shipper: subprocess.Popen[bytes], run_dir: Path | str, status: str, timeout_s: float, message: str = ""
 ) -> bool:
@@ -93,7 +108,10 @@ def finish(
     return False
 
 
-def _spawn(run_dir: Path, uri: str | None = None) -> subprocess.Popen[bytes]:
+def spawn(
+    arguments: Sequence[str], output: Path, uri: str | None = None, *, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start `python -m ARGUMENTS` in a session of its own, which adds what it says to `output`. Raises OSError."""
     environment = {**ENVIRONMENT, **os.environ}
     if uri:
         environment["MLFLOW_TRACKING_URI"] = absolute(uri)  # with its password, which no file is to hold
@@ -101,12 +119,16 @@ def _spawn(run_dir: Path, uri: str | None = None) -> subprocess.Popen[bytes]:
     if package_root.name not in ("site-packages", "dist-packages"):  # from a checkout, whatever directory we are in
         paths = [str(package_root), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    with open(run_dir / "mlflow.log", "ab") as output:
+    with open(output, "ab") as said:
         return subprocess.Popen(
-            [sys.executable, "-m", "mbtrain.tracking", str(run_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
+            [sys.executable, "-m", *arguments],
+            stdin=stdin,
+            stdout=said,
+            stderr=said,
             env=environment,
             start_new_session=True,
         )
+
+
+def _spawn(run_dir: Path, uri: str | None = None) -> subprocess.Popen[bytes]:
+    return spawn(["mbtrain.tracking", str(run_dir)], run_dir / "mlflow.log", uri)

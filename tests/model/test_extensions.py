@@ -42,6 +42,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "cross 3 rotary": (2, {"cross_patch": 3, "positions": "rotary", "local_positions": "rotary"}),
     "cross 4 none": (2, {"cross_patch": 4, "local_positions": "none"}),
     "cross 2 of three": (3, {"cross_patch": 2}),
+    "cross 3, shift": (2, {"cross_patch": 3, "block": {"token_shift": True}}),
     "conv": (2, {"conv_encoder": [3, 5, 7]}),
     "conv learned biased": (2, {"conv_encoder": [2], "positions": "learned", "block": {"bias": True}}),
     "conv and cross of three": (3, {"conv_encoder": [3, 2], "cross_patch": 1}),

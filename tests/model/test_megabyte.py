@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mbtrain.config import Config
 from mbtrain.model import build
 from mbtrain.model.flops import count
-from mbtrain.model.layers import ROLES, role_of
+from mbtrain.model.layers import role_of
 from mbtrain.model.loss import nats
 from mbtrain.model.megabyte import Megabyte, Slices
+from mbtrain.model.mup import ROLES
 from tests import naive, tiny
 
 PRESETS = ("paper", "modern")

@@ -115,9 +115,9 @@ def test_a_row_ends_where_its_filling_begins(file: Path) -> None:
 # ---- nats ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["paper", "modern"])
-def test_nats_are_those_of_a_naive_loop_over_tokens(file: Path, preset: str) -> None:
-    model = model_of(file, model={"preset": preset})
+@pytest.mark.parametrize(("preset", "shift"), [("paper", False), ("modern", False), ("modern", True)])
+def test_nats_are_those_of_a_naive_loop_over_tokens(file: Path, preset: str, shift: bool) -> None:
+    model = model_of(file, model={"preset": preset, "block": {"token_shift": shift}})
     rng = np.random.default_rng(0)
     words = [*WORDS, BOUNDARY, *b" byte patch\xff\xfe row"][:T]
     rows = torch.cat([row_of(words), row_of(rng.integers(0, 257, T).tolist()), row_of(b"\0" * 20), row_of(b"")])
@@ -193,9 +193,10 @@ def test_what_is_asked_of_models_of_bytes_alone_is_refused(file: Path) -> None:
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 
-def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(file: Path) -> None:
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(file: Path, shift: bool) -> None:
     """And beyond seq_len, of whole tokens within the last half of it."""
-    model = model_of(file)
+    model = model_of(file, model={"block": {"token_shift": shift}})
     prompt = b"the byte"
     (made,) = generate(model, [prompt], 150, Sampling(temperature=0), ends=False)
     ids = model.vocabulary.encode([np.array([BOUNDARY, *prompt])])[0]
