@@ -277,7 +277,7 @@ def test_weights_that_do_not_fit_the_configuration_are_one_line(run: Path) -> No
     assert "\n" not in str(error.value)
 
 
-CONTRACT = {"bpb", "nats", "bytes", "split", "step", "precision", "by_source"}
+CONTRACT = {"bpb", "nats", "bytes", "split", "step", "precision", "weights", "by_source"}
 KEYS = CONTRACT | {
     *("mode", "bpb_low", "bpb_high", "by_source_interval", "documents", "words", "word_perplexity"),
     *("by_position", "by_depth", "plot"),
