@@ -641,5 +641,12 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def import_all() -> None:
+    """Import what the first Engine would, for processes that are forked from this one."""
+    import_deepspeed()
+    for name in ("runtime.zero.muon.original_muon", "runtime.zero.stage_1_and_2", "runtime.zero.stage3"):
+        _import(f"deepspeed.{name}")
+
+
 def _import(name: str) -> Any:
     return importlib.import_module(name)

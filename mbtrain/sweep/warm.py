@@ -5,7 +5,6 @@ thread, makes no process group, and asks no GPU for anything (a forked process c
 """
 
 import gc
-import importlib
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads here, which a fork would not have; a trial sets its own
@@ -19,9 +18,7 @@ import torch._dynamo  # with the first optimizer
 from mbtrain import engine, train  # noqa: F401
 from mbtrain.sweep import child  # noqa: F401
 
-engine.import_deepspeed()
-for name in ("runtime.zero.muon.original_muon", "runtime.zero.stage_1_and_2", "runtime.zero.stage3"):
-    importlib.import_module(f"deepspeed.{name}")
+engine.import_all()
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 gc.collect()
 gc.freeze()  # so that a trial's collections leave these pages alone, and they stay shared
