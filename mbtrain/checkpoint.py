@@ -276,8 +276,12 @@ class Stored:
 
     def must_hold(self, kinds: Mapping[str, tuple[str, ...]], optimizer: str) -> None:
         """Raise CheckpointError where the state of a parameter is not by these kinds, those of this optimizer."""
+        held: dict[str, list[str]] = {}
+        for kind, name in self._stretches:
+            if kind != WEIGHT:
+                held.setdefault(name, []).append(kind)
         for name, expected in kinds.items():
-            got = sorted(kind for kind, of in self._stretches if of == name and kind != WEIGHT)
+            got = sorted(held.get(name, []))
             if got != sorted(expected):
                 raise CheckpointError(
                     f"{self.path}: is another optimizer's: of {name} it has {', '.join(got) or 'nothing'}, expected "

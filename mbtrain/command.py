@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -79,6 +81,36 @@ def no_unknown(verb: Callable[..., Any], unknown: Mapping[str, str]) -> None:
         raise ConfigError(f"--{key.replace('_', '-')}: no such option{closest(key, known)}; expected one of {listed}")
 
 
+def settings_of(verb: Callable[..., Any], given: Mapping[str, Any], also: Sequence[str] = ("name",)) -> dict[str, str]:
+    """The settings among a verb's options, dotted path -> text; `also`: those without a dot.
+
+    Raises ConfigError for an option that is neither.
+    """
+    no_unknown(verb, {key: value for key, value in given.items() if "." not in key and key not in also})
+    return {key: str(value) for key, value in given.items()}
+
+
+def one_config(given: Sequence[str], otherwise: str | None = None) -> str:
+    """The one configuration file that a verb is for; `otherwise`, if that is not None, where none is given.
+
+    Raises ConfigError.
+    """
+    if not given and otherwise is not None:
+        return otherwise
+    if len(given) != 1:
+        raise ConfigError(f"CONFIG: expected one configuration file, got {len(given)}; see configs/")
+    return given[0]
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Say in one line that something cannot be written: raises ConfigError for an OSError inside."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot be written ({error.strerror or error}); choose another place") from error
+
+
 def closest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     """' (did you mean X?)' where something known is near, else nothing."""
     near = difflib.get_close_matches(word, list(known), n=1)
@@ -96,7 +128,7 @@ def number(option: str, value: str, kind: type[int] | type[float], least: float)
     """An int or float option of at least `least`. Raises ConfigError."""
     try:
         parsed = kind(value)
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: a list, where a file has the option
         parsed = None
     if parsed is None or not parsed >= least:
         what = "a whole number" if kind is int else "a number"
@@ -112,7 +144,18 @@ def write(line: str) -> None:
 def finish(figures: Mapping[str, Any], as_json: bool) -> None:
     """The verb's figures as one JSON object, the last line on stdout, where asked for."""
     if as_json:
-        write(json.dumps(figures, default=str))
+        write(json.dumps(known(figures), default=str, allow_nan=False))
+
+
+def known(value: Any) -> Any:
+    """For JSON, which knows no nan (null) and no inf (the string)."""
+    if isinstance(value, Mapping):
+        return {key: known(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [known(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
 
 
 def _key_value(arg: str, flags: Sequence[str]) -> str:

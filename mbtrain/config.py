@@ -9,6 +9,7 @@ from other values (vocabulary, accumulation steps) is a function here, not a fie
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
@@ -497,6 +498,11 @@ class OptimConfig(_Section):
             _fail("optim.schedule", self.schedule, "constant with optim.name=schedule_free: it averages in its place")
         return self
 
+    @property
+    def averages(self) -> bool:
+        """Whether other weights are evaluated than those that are trained."""
+        return self.ema is not None or self.name == "schedule_free"
+
     @model_validator(mode="after")
     def _rule_has_its_base(self) -> OptimConfig:
         if self.batch_rule != "none" and self.batch_base is None:
@@ -705,22 +711,41 @@ def step_limit(config: Config, flops_per_byte: float) -> int | None:
 
 def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
     """Read a YAML file, lay dotted overrides (raw strings) over it, validate. Raises ConfigError."""
+    return resolved(read(path), overrides or {}, Path(path).parent)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file as they stand there. Raises ConfigError."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config ({error.strerror}); see configs/ for examples") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: expected a mapping of sections (model, data, train, ...), got {type(tree).__name__}"
         )
-    for key, value in (overrides or {}).items():
-        _override(tree, key, value)
-    return _with_vocabulary_beside(validate(tree), path.parent)
+    return tree
+
+
+def resolved(tree: Mapping[str, Any], overrides: Mapping[str, str], folder: Path) -> Config:
+    """What `load` makes of a file in `folder` that has this tree, which stays as it is. Raises ConfigError."""
+    own = copy.deepcopy(dict(tree))
+    for key, value in overrides.items():
+        _override(own, key, value)
+    return _with_vocabulary_beside(validate(own), folder)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their dotted keys, as overrides name them. A list of plain values is one leaf."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    inner = ((f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items())
+    return {dotted: leaf for key, item in inner for dotted, leaf in flat(item, key).items()}
 
 
 def _with_vocabulary_beside(config: Config, folder: Path) -> Config:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -263,9 +263,9 @@ class Engine:
         check_groups(groups, self.engine.optimizer.param_groups)
         self.module: Model = self.engine.module
         self.optimizer = optimizer
-        self.squares = torch.zeros(len(self.names), dtype=torch.float32, device=ranks.device)
+        self.marks = torch.zeros(len(self.names), dtype=torch.float32, device=ranks.device)
         self._ready_state()
-        self.averages = optimizer.averages or config.optim.ema is not None  # other weights are evaluated than trained
+        self.averages = config.optim.averages
         # optim.ema, of so many updates: by name where this rank's stretch begins, its average, the weights it follows.
         self.ema: dict[str, tuple[int, Tensor, Tensor]] = {}
         self.updates = 0
@@ -282,15 +282,15 @@ class Engine:
         """Gradients of a micro-step's mean loss; averaging over micro-steps and ranks is DeepSpeed's."""
         self.engine.backward(loss)
 
-    def gradient_squares(self) -> list[float]:
-        """Per parameter: the squared norms of its gradients of this rank's micro-steps since the last call, added up.
+    def gradient_marks(self) -> list[float]:
+        """Per parameter, of this rank's micro-steps since the last call: not finite where a gradient was not.
 
-        Each is of the micro-step's mean loss, before ranks are averaged. Not finite where the gradient held anything
-        that is not. With fp16 nothing is looked at, and all are 0.
+        Else with log.noise_scale the squared norms of its gradients of each micro-step's mean loss, before ranks are
+        averaged, added up; without it nothing of meaning. With fp16 nothing is looked at, and all are 0.
         """
-        squares = [x * self.accumulation**2 for x in self.squares.tolist()]  # DeepSpeed divides the loss
-        self.squares.zero_()
-        return squares
+        marks = [x * self.accumulation**2 for x in self.marks.tolist()]  # DeepSpeed divides the loss
+        self.marks.zero_()
+        return marks
 
     def step(self, lr_factor: float, skip: bool = False) -> float:
         """The optimizer step that ends a global batch; returns the gradient's norm before clipping.
@@ -300,10 +300,7 @@ class Engine:
         """
         self.optimizer.paused = skip
         boundary = self.engine.is_gradient_accumulation_boundary()
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.config.optim.lr * group["lr_scale"] * lr_factor
-        if isinstance(self.optimizer, optim.ScheduleFree):
-            self.optimizer.lr = self.config.optim.lr * lr_factor
+        optim.set_lr(self.optimizer, self.config.optim.lr * lr_factor)
         own_norm = None
         if boundary and self._plain:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -369,7 +366,7 @@ class Engine:
                 whole = self._whole(name, own)
             else:
                 whole = param.data if self._plain else tensors.safe_get_full_fp32_param(param)
-            yield name, whole.detach().to("cpu", torch.float32).reshape(_whole_shape(param))
+            yield name, whole.detach().to("cpu", torch.float32).reshape(self._shapes[name])
 
     @contextmanager
     def evaluating(self, last: bool = False) -> Iterator[None]:
@@ -429,7 +426,7 @@ class Engine:
     def _compute_with(self, own: dict[str, Fragment]) -> None:
         """Put weights, given on each rank by its own stretches, where ZeRO has those that the model computes with."""
         for name, param in self.module.named_parameters():
-            if param.numel() == _whole_shape(param).numel():
+            if param.numel() == math.prod(self._shapes[name]):  # else ZeRO-3 left an empty tensor in its place
                 param.data.copy_(self._whole(name, own).view_as(param))
             if hasattr(param, "ds_id") and name in own:
                 mine = own[name].tensors[WEIGHT]
@@ -460,7 +457,7 @@ class Engine:
                 key = weight if key == WEIGHT else key
                 mine.copy_(stored.part(key, fragment.name, fragment.start, mine.numel()))
         for name, param in self.module.named_parameters():
-            if param.numel() == _whole_shape(param).numel():  # else ZeRO-3 left an empty tensor in its place
+            if param.numel() == math.prod(self._shapes[name]):  # else ZeRO-3 left an empty tensor in its place
                 param.data.copy_(stored.whole(weight, name))
                 if self._plain:
                     for key in self.kinds[name]:
@@ -500,36 +497,35 @@ class Engine:
 
     def _ready_state(self) -> None:
         """Give the optimizer its first state now, not at its first step, so that it can be read and set at any time."""
+        stepped = list(self._stepped())
+        for group, param, _ in stepped:
+            self.optimizer.ready(group, param)
+        if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        if isinstance(self.optimizer, optim.Muon) and not self._plain:
+            self._say_where_matrices_lie(self.optimizer, stepped)
+
+    def _stepped(self) -> Iterator[tuple[dict[str, Any], Tensor, list[nn.Parameter]]]:
+        """What the optimizer steps: group, tensor, and the parameters in it; under ZeRO, this rank's flat parts."""
         wrapper, groups = self.engine.optimizer, self.optimizer.param_groups
         if self.config.train.zero_stage == 0:
-            stepped = [(group, param) for group in groups for param in group["params"]]
+            yield from ((group, param, [param]) for group in groups for param in group["params"])
         elif self.config.train.zero_stage == 3:
             flat = wrapper.fp32_partitioned_groups_flat
-            stepped = [(groups[wrapper.sub_group_to_group_id[i]], part) for i, part in enumerate(flat)]
+            of_parts = [groups[wrapper.sub_group_to_group_id[i]] for i in range(len(flat))]
+            yield from zip(of_parts, flat, wrapper.fp16_groups, strict=True)
         elif hasattr(wrapper, "fp32_groups_flat_partition"):
-            stepped = list(zip(groups, wrapper.fp32_groups_flat_partition, strict=True))
+            yield from zip(groups, wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, strict=True)
         else:
-            stepped = list(zip(groups, wrapper.single_partition_of_fp32_groups, strict=True))
-        for group, param in stepped:
-            self.optimizer.ready(group, param)
-        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
-            wrapper._lazy_init_hp_params_optimizer_state()
-        if isinstance(self.optimizer, optim.Muon) and not self._plain:
-            self._say_where_matrices_lie(self.optimizer)
+            yield from zip(groups, wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, strict=True)
 
-    def _say_where_matrices_lie(self, muon: optim.Muon) -> None:
+    def _say_where_matrices_lie(
+        self, muon: optim.Muon, stepped: list[tuple[dict[str, Any], Tensor, list[nn.Parameter]]]
+    ) -> None:
         """Tell Muon which matrices are in each flat part, and what of them this rank has."""
-        wrapper, stage = self.engine.optimizer, self.config.train.zero_stage
-        if stage == 3:
-            of_parts = zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
-        elif hasattr(wrapper, "fp32_groups_flat_partition"):
-            of_parts = zip(wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, strict=True)
-        else:
-            of_parts = zip(wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, strict=True)
-        names = {id(param): name for name, param in self.module.named_parameters()}
-        for flat, params in of_parts:
+        for _, flat, params in stepped:
             if "momentum" in muon.state[flat]:
-                muon.pieces[flat] = [self._piece(names[id(param)], param, flat) for param in params]
+                muon.pieces[flat] = [self._piece(self.names[id(param)], param, flat) for param in params]
         muon.shared = self.ranks.ranks > 1
 
     def _piece(self, name: str, param: Any, flat: Tensor) -> optim.Piece:
@@ -547,10 +543,12 @@ class Engine:
         return optim.Piece((rows, columns), parts, at, start, mine.numel())
 
     def _watch_gradients(self) -> None:
+        """Let every gradient leave its mark: what is not finite stays so in a sum, which costs less than a norm."""
+        mark = _squared_norm if self.config.log.noise_scale else _sum
+
         def watch(index: int) -> Any:
             def look(grad: Tensor) -> None:
-                # What is not finite stays so in a sum.
-                self.squares[index] += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+                self.marks[index] += mark(grad)
 
             return look
 
@@ -582,9 +580,12 @@ def _kept_once(state: Mapping[str, Tensor]) -> list[str]:
     return [key for key, value in state.items() if value.ndim == 0]
 
 
-def _whole_shape(param: nn.Parameter) -> torch.Size:
-    """The parameter's shape, also where ZeRO-3 left an empty tensor in its place."""
-    return cast(torch.Size, getattr(param, "ds_shape", param.shape))
+def _sum(grad: Tensor) -> Tensor:
+    return grad.sum(dtype=torch.float32)
+
+
+def _squared_norm(grad: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(grad, dtype=torch.float32).square()
 
 
 def _single_process_defaults() -> None:

@@ -132,13 +132,13 @@ def save(figure: Any, target: Path) -> None:
         raise
 
 
-def plain(axes: Any) -> None:
+def plain(axes: Any, label_size: float | str = "medium") -> None:
     """A light grid, no frame on the upper and right side, numbers as they are."""
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-    axes.tick_params(colors=INK, length=0, labelleft=True)
+    axes.tick_params(colors=INK, length=0, labelleft=True, labelsize=label_size)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
     axes.ticklabel_format(useOffset=False, style="plain")

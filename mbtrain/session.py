@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from mbtrain.noise_scale import in_rows
 from mbtrain.redact import redact
 from mbtrain.saving import Saver
 from mbtrain.shards import load_manifest
+from mbtrain.signals import STOPPING, handled
 from mbtrain.units import measured_unit_bytes
 
 STOP_FILE = "stop"  # RUN/stop, made by anybody, ends the run as SIGTERM does
@@ -121,7 +121,11 @@ def opened(settings: Config, run: Path, resume: bool, alone: bool = True) -> Ite
 
     lost_after_s = settings.train.lost_after_s
     try:
-        with watched(ranks, lost_after_s, last_words) as watching, _signals_noted(stopping), ExitStack() as held:
+        with (
+            watched(ranks, lost_after_s, last_words) as watching,
+            handled(lambda number: _noted(stopping, number), *STOPPING),
+            ExitStack() as held,
+        ):
             sources = on_all_ranks(lambda: _open_sources(settings, ranks))
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
             settings = on_all_ranks(lambda: _as_taken_up(settings, run))
@@ -586,18 +590,8 @@ def _write_status(run: Path, status: str, message: str) -> None:
     checkpoint.write_atomically(run / "status.json", content.encode())
 
 
-@contextmanager
-def _signals_noted(stopping: list[int]) -> Iterator[None]:
-    """While inside, SIGTERM, SIGINT and SIGUSR1 are noted; the loop saves and ends. A second SIGINT interrupts."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stopping:
-            raise KeyboardInterrupt
-        stopping.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _noted(stopping: list[int], number: int) -> None:
+    """Note a signal: the loop saves and ends. A second SIGINT interrupts."""
+    if number == signal.SIGINT and stopping:
+        raise KeyboardInterrupt
+    stopping.append(number)

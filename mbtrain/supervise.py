@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from mbtrain import config as configuration
 from mbtrain.config import Config
@@ -39,6 +38,7 @@ from mbtrain.errors import CheckpointError, ConfigError
 from mbtrain.hosts import Host, hostfile_text, read_hostfile, ssh_command
 from mbtrain.log import say
 from mbtrain.redact import without_password
+from mbtrain.signals import STOPPING, handled
 
 MARK = "MBTRAIN_LAUNCH"
 FINISHED, STOPPED, MISTAKE, CRASHED = "finished", "stopped", "mistake", "crashed"
@@ -95,13 +95,6 @@ class Task:
     restarts: int
 
 
-@dataclass
-class Asked:
-    """Whether a signal asked the supervisor to stop, and how often."""
-
-    times: int = 0
-
-
 def supervise(task: Task, pause_s: float = 2.0) -> int:
     """Run the task until it has finished, was stopped or cannot go on; returns the exit status: 0, 1, 2 or 143.
 
@@ -116,7 +109,8 @@ def supervise(task: Task, pause_s: float = 2.0) -> int:
     with ExitStack() as held:
         held.enter_context(_only_supervisor(task.run))
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="mbtrain-")))
-        asked = held.enter_context(_asked_to_stop())
+        asked: list[int] = []  # the signals that ask to stop; a second one asks to stop at once
+        held.enter_context(handled(asked.append, *STOPPING, signal.SIGHUP))
         return _keep_going(task, wanted, folder, asked, pause_s)
 
 
@@ -213,7 +207,7 @@ def mark_of(run: Path) -> str:
     return f"{MARK}={hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
 
 
-def _keep_going(task: Task, wanted: Sequence[Host], folder: Path, asked: Asked, pause_s: float) -> int:
+def _keep_going(task: Task, wanted: Sequence[Host], folder: Path, asked: list[int], pause_s: float) -> int:
     fruitless, best = 0, newest_step(task.run)
     used: list[Host] = []
     ended_s = time.monotonic()
@@ -222,14 +216,14 @@ def _keep_going(task: Task, wanted: Sequence[Host], folder: Path, asked: Asked, 
         if {host.name for host in used} - {host.name for host in answered}:
             # What still runs on a host that cannot be reached ends by itself when it misses the others for so long.
             _sleep_until(ended_s + task.settings.train.lost_after_s, asked)
-        if asked.times:
+        if asked:
             say(task.run, f"supervise: stopped; the same command goes on from step {max(newest_step(task.run), 0)}")
             return 143
         code, used = _launch(task, wanted, answered, folder, asked)
         ended_s = time.monotonic()
         status = _status(task.run)
         how = verdict(code, status.get("status"))
-        if asked.times and how != FINISHED:
+        if asked and how != FINISHED:
             continue
         if how != CRASHED:
             say(task.run, f"supervise: {how}" + (", not started again" if how == MISTAKE else ""))
@@ -249,13 +243,13 @@ def _keep_going(task: Task, wanted: Sequence[Host], folder: Path, asked: Asked, 
         _sleep_until(ended_s + min(pause_s * 2 ** (fruitless - 1), LONGEST_PAUSE_S), asked)
 
 
-def _sleep_until(at_s: float, asked: Asked) -> None:
-    while asked.times == 0 and time.monotonic() < at_s:
+def _sleep_until(at_s: float, asked: list[int]) -> None:
+    while not asked and time.monotonic() < at_s:
         time.sleep(0.1)
 
 
 def _launch(
-    task: Task, wanted: Sequence[Host], answered: Sequence[Host], folder: Path, asked: Asked
+    task: Task, wanted: Sequence[Host], answered: Sequence[Host], folder: Path, asked: list[int]
 ) -> tuple[int, list[Host]]:
     """Start the launcher on the hosts that answer and wait for its end: exit status (255: nothing to start), hosts.
 
@@ -290,19 +284,19 @@ def _launch(
     return _wait_for(launcher, task, hosts, asked), hosts
 
 
-def _wait_for(launcher: subprocess.Popen[bytes], task: Task, hosts: Sequence[Host], asked: Asked) -> int:
+def _wait_for(launcher: subprocess.Popen[bytes], task: Task, hosts: Sequence[Host], asked: list[int]) -> int:
     """Wait for the launcher's end and return its exit status; pass a stop on; end what does not end in time."""
     announced, told, over, give_up_s = False, False, False, float("inf")
     while (code := launcher.poll()) is None:
-        if asked.times and not announced:
+        if asked and not announced:
             say(task.run, "supervise: asked to stop: the ranks save and end")
             announced, give_up_s = True, min(give_up_s, time.monotonic() + STOP_TIMEOUT_S)
-        if asked.times and not told:
+        if asked and not told:
             # One rank is enough: they agree at every step. But none may be there yet.
             told = any(_signal_marked(task, hosts, "TERM", _RANKS_ALONE))
         if not over and (task.run / "status.json").exists():
             over, give_up_s = True, min(give_up_s, time.monotonic() + ENDING_TIMEOUT_S)
-        if asked.times > 1 or time.monotonic() > give_up_s:
+        if len(asked) > 1 or time.monotonic() > give_up_s:
             _signal_marked(task, hosts, "KILL")
         time.sleep(0.05)
     return code if code >= 0 else 128 - code
@@ -388,20 +382,3 @@ def _only_supervisor(run: Path) -> Iterator[None]:
         except OSError as error:
             raise CheckpointError(f"{run}: another supervisor keeps it; stop that one first") from error
         yield
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Asked]:
-    """While inside, SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask to stop; a second one asks to stop at once."""
-    asked = Asked()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.times += 1
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -264,15 +264,15 @@ def _agree(now: Session, progress: Progress, mine: Step) -> Sums:
     Raises DataError on all ranks alike when any could not read its part.
     """
     engine, ranks = now.engine, now.ranks
-    squares = engine.gradient_squares()
-    bad = [not math.isfinite(square) for square in squares]
+    marks = engine.gradient_marks()
+    bad = [not math.isfinite(mark) for mark in marks]
     lost = float(mine.nats)
     finite = math.isfinite(lost)
     elapsed = now.clock.read() if ranks.rank == 0 else 0.0
     high, low = divmod(mine.rows_digest % 2**64, 2**32)  # sums of halves are exact in float64
     flags = [float(session.told_to_stop(now)), float(now.saver.written()), float(mine.unread is not None)]
     counts = [float(not finite), float(sum(bad)), float(high), float(low)]
-    counts += [float(mine.targets), float(mine.predicted_bytes), 0.0 if any(bad) else math.fsum(squares)]
+    counts += [float(mine.targets), float(mine.predicted_bytes), 0.0 if any(bad) else math.fsum(marks)]
     sums = total([lost if finite else 0.0, elapsed, *flags, *counts, *mine.source_bytes.tolist()], ranks)
     nats_, elapsed, stops, written, unread_parts, bad_losses, bad_gradients, high_, low_, *counted = sums
     if unread_parts:

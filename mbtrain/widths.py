@@ -7,13 +7,13 @@ its base_*, stays: `widened(based(config), 4)` is four times the model whose val
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mbtrain.config import Config, StageConfig, validate
 from mbtrain.errors import ConfigError
 
 Which = Literal["both", "global", "local"]
-WHICH: tuple[Which, ...] = ("both", "global", "local")
+WAYS = ("both", "global", "local", "depth")  # in which a model can grow
 
 
 def widened(config: Config, factor: float, which: Which = "both") -> Config:
@@ -43,16 +43,21 @@ def deepened(config: Config, factor: float) -> Config:
     )
 
 
+def grown(config: Config, factor: float, way: str) -> Config:
+    """`deepened` for depth, else `widened`: one of WAYS. Raises as they do."""
+    return deepened(config, factor) if way == "depth" else widened(config, factor, cast(Which, way))
+
+
 def based(config: Config) -> Config:
-    """The config as its own base: every stage's base_* are its width, depth and width per head."""
+    """The config as its own base: those base_* that no stage names are its width, depth and width per head."""
     return with_stages(
         config,
         [
             {
                 **stage.model_dump(),
-                "base_d_model": stage.d_model,
-                "base_n_layers": stage.n_layers,
-                "base_d_head": stage.d_head,
+                "base_d_model": stage.base_d_model or stage.d_model,
+                "base_n_layers": stage.base_n_layers or stage.n_layers,
+                "base_d_head": stage.base_d_head or stage.d_head,
             }
             for stage in config.model.stages
         ],

@@ -6,6 +6,7 @@ pytest tests/test_cli.py
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mbtrain import cli
+from mbtrain.command import finish
 from tests import launch, tiny
 from tests.test_checkpoint import made_run
 
@@ -110,7 +112,9 @@ def test_help_takes_less_than_half_a_second_of_the_processor() -> None:
         (["bench"], "bench: expected one of"),
         (["bench", "speed"], "bench: expected one of"),
         (["ui", "--prot=3"], "--prot: no such option (did you mean port?)"),
+        (["ui", "--port=x"], "--port: expected a whole number of at least 1, got 'x'"),
         (["sync"], "RUN: expected one run directory or checkpoint, got 0"),
+        (["flops", sys.executable], "not valid YAML: 'utf-8' codec can't decode byte"),
         (["doctor", "gone.yaml"], "gone.yaml: cannot read the config (No such file or directory)"),
         (["doctor", "--train.zero_stage=2"], "CONFIG: expected one configuration file, got 0"),
         (["doctor", "{config}", "--optim.warmup=1"], "optim.warmup: unknown key"),
@@ -134,6 +138,11 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert words in captured.err
     (tmp_path / "sub").rmdir()
     assert sorted(tmp_path.rglob("*")) == before, "a mistake leaves nothing behind"
+
+
+def test_figures_are_json_although_json_knows_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    finish({"losses": [[math.nan, 1.0], (math.inf, -math.inf)], "path": Path("a")}, True)
+    assert capsys.readouterr().out == '{"losses": [[null, 1.0], ["inf", "-inf"]], "path": "a"}\n'
 
 
 def test_options_with_dashes_are_those_with_underscores(config: str, capsys: pytest.CaptureFixture[str]) -> None:

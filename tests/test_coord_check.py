@@ -256,10 +256,33 @@ def test_the_verb_says_what_is_wrong_and_fails(tmp_path: Path, capsys: pytest.Ca
     assert "| local ffn.down | hidden |" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_model_that_diverges_has_left_its_bands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses that are no numbers are drawn, told and JSON."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(tiny.tree(2, seq_len=64)))
+    asked = [str(path), "--widths=1,2", "--steps=2", "--seeds=1", "--lr=1e20", f"--out={tmp_path / 'out'}", "--json"]
+    status, out, err = command(capsys, *asked)
+    figures = json.loads(out.splitlines()[-1], parse_constant=lambda text: pytest.fail(text))
+    assert (status, figures["passed"]) == (1, False)
+    assert "slope not a finite number, or 0, expected" in err
+    assert (tmp_path / "out" / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(tiny.tree(2, seq_len=64)))
+    status, _, err = command(capsys, str(path), "--widths=1,2", f"--out={path}/out")
+    assert status == 2
+    assert err == f"mbtrain: --out={path}/out: cannot be written (Not a directory); choose another place\n"
+
+
 @pytest.mark.parametrize(
     ("stages", "asked", "said"),
     [
         (2, "--widths=2", "--widths: expected two or more factors above 0, as in 1/4,1/2,1,2, got '2'"),
+        (2, "--widths=1,1e999", "--widths: expected two or more factors above 0, as in 1/4,1/2,1,2, got '1,1e999'"),
         (2, "--which=some", "--which: expected all, both, global, local, depth, got 'some'"),
         (1, "--which=global", "--which=global: expected both or depth: this model has one stage"),
         (2, "--widths=1/64,1", "expected a whole number above 0"),

@@ -302,6 +302,9 @@ def test_the_verb(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "made"
     assert run("job", "slurm", config, "--nodes=2", "--gpus=4", f"--out={out}", "--optim.lr=0.5") == 0
     assert f'set -- {config} --run=runs/tiny --optim.lr=0.5 "$@"' in out.read_text()
+    capsys.readouterr()
+    assert run("job", "slurm", config, f"--out={out}/no") == 2
+    assert f"mbtrain: --out={out}/no: cannot be written (Not a directory)" in capsys.readouterr().err
     assert run("job", "kubernetes", config, "--gpus=0", "--ranks=2", "--image=mbtrain:1") == 0
     assert len(list(yaml.safe_load_all(capsys.readouterr().out))) == 2
 

@@ -47,7 +47,7 @@ def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[
             lost += each.detach().double().sum()
             if micro_step + 1 < wrapped.accumulation:
                 wrapped.step(0.0)
-        summed = engine.total([float(lost), sum(wrapped.gradient_squares()), 0.0, 0.0, 0.0, 0.0], ranks)
+        summed = engine.total([float(lost), sum(wrapped.gradient_marks()), 0.0, 0.0, 0.0, 0.0], ranks)
         wrapped.step(factor)
         done[0] += 1
         return summed[0] / ids.numel()
@@ -100,10 +100,7 @@ def bare_step(settings: Config, model: Model) -> tuple[Step, Callable[[], None]]
             master.grad, param.grad = param.grad.float(), None
         if train.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(trained, train.gradient_clipping)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.optim.lr * group["lr_scale"] * factor
-        if isinstance(optimizer, optim.ScheduleFree):
-            optimizer.lr = settings.optim.lr * factor
+        optim.set_lr(optimizer, settings.optim.lr * factor)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mbtrain.command import finish, flag, no_unknown, number, write
+from mbtrain.command import finish, flag, no_unknown, number, one_config, settings_of, write, writing
 from mbtrain.errors import ConfigError
 
 
@@ -43,11 +43,8 @@ def doctor(
       mbtrain doctor configs/quickstart.yaml --hostfile=hosts --run=/shared/runs/first --full
     """
     as_json, everything = flag("--json", json), flag("--full", full)
-    unknown = [key for key in overrides if "." not in key and key != "name"]
-    if unknown:
-        no_unknown(doctor, {unknown[0]: ""})
-    if len(config) > 1 or (overrides and not config):
-        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    values = settings_of(doctor, overrides)
+    path = one_config(config, None if overrides else "")
     port = number("--master-port", master_port, int, 1)
     at_ssh = number("--ssh-port", ssh_port, int, 1) if ssh_port else None
     n_ranks = number("--ranks", ranks, int, 1) if ranks else None
@@ -59,9 +56,8 @@ def doctor(
     from mbtrain.doctor import table
     from mbtrain.doctor.examine import Wanted, examine
 
-    values = {key: str(value) for key, value in overrides.items()}
     wanted = Wanted(
-        config[0] if config else None,
+        path or None,
         values,
         hostfile or None,
         run or None,
@@ -105,11 +101,7 @@ def supervise(
       mbtrain supervise configs/quickstart.yaml --ranks=2
       bash launch/supervise --hostfile=hosts configs/quickstart.yaml --run=/shared/runs/first
     """
-    unknown = [key for key in overrides if "." not in key and key != "name"]
-    if unknown:
-        no_unknown(supervise, {unknown[0]: ""})
-    if len(config) != 1:
-        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    values, path = settings_of(supervise, overrides), one_config(config)
     most = number("--ranks", ranks, int, 1) if ranks else None
     without_progress = number("--restarts", restarts, int, 0)
 
@@ -117,11 +109,10 @@ def supervise(
     from mbtrain.supervise import Task
     from mbtrain.supervise import supervise as keep_going
 
-    values = {key: str(value) for key, value in overrides.items()}
-    settings = configuration.load(config[0], values)
+    settings = configuration.load(path, values)
     folder = Path(run or f"runs/{settings.name}").resolve()
     given = tuple(f"--{key}={value}" for key, value in values.items())
-    sys.exit(keep_going(Task(config[0], given, settings, folder, hostfile or None, most, without_progress)))
+    sys.exit(keep_going(Task(path, given, settings, folder, hostfile or None, most, without_progress)))
 
 
 def job(
@@ -170,15 +161,11 @@ def job(
       mbtrain job check configs/mine.yaml --hostfile=hosts
     """
     as_json = flag("--json", json)
-    unknown = [key for key in overrides if "." not in key and key != "name"]
-    if unknown:
-        no_unknown(job, {unknown[0]: ""})
+    values = settings_of(job, overrides)
     kinds = ("check", "slurm", "kubernetes")
     if not what or what[0] not in kinds:
         raise ConfigError(f"job: expected one of {', '.join(kinds)}, got {what[0] if what else 'nothing'}")
-    kind, config = what[0], what[1:]
-    if len(config) != 1:
-        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    kind, path = what[0], one_config(what[1:])
     if hostfile and kind != "check":
         raise ConfigError("--hostfile: only `mbtrain job check` and launch/multinode.sh take it; give --nodes, --gpus")
     n_gpus = number("--gpus", gpus or "8", int, 0) if gpus or not ranks else 0
@@ -188,10 +175,11 @@ def job(
     n_cpus, n_nodes = number("--cpus", cpus, int, 1), number("--nodes", nodes, int, 1)
 
     from mbtrain import job as jobs
+    from mbtrain.shards import whole_file
 
     plan = jobs.planned(
-        config[0],
-        {key: str(value) for key, value in overrides.items()},
+        path,
+        values,
         nodes=n_nodes,
         ranks=n_ranks,
         gpus=n_gpus,
@@ -215,7 +203,8 @@ def job(
             secret=secret,
         )
     if out:
-        Path(out).write_text(text, encoding="utf-8")
+        with writing(f"--out={out}"), whole_file(Path(out)) as file:
+            file.write(text.encode())
     else:
         sys.stdout.write(text)
     figures = {
@@ -235,8 +224,10 @@ def ui(host: str = "127.0.0.1", port: str = "5000", uri: str = "", **unknown: st
     Everyone who reaches the port can read and change the store.
     """
     no_unknown(ui, unknown)
+    at = number("--port", port, int, 1)
+
     from mbtrain import tracking
 
     write(f"http://{host}:{port} (some 10 s from now; Ctrl-C ends it)")
     sys.stdout.flush()
-    tracking.ui(host, number("--port", port, int, 1), uri or None)
+    tracking.ui(host, at, uri or None)

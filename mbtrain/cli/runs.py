@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mbtrain.command import finish, flag, no_unknown, number, write
+from mbtrain.command import finish, flag, no_unknown, number, one_config, settings_of, write
 from mbtrain.errors import ConfigError
 
 
@@ -33,21 +33,17 @@ def train(*config: str, run: str = "", resume: str = "", json: str = "", **overr
       mbtrain train --resume=runs/quickstart --train.minutes=20
     """
     as_json = flag("--json", json)
-    unknown = [key for key in overrides if "." not in key and key != "name"]
-    if unknown:
-        no_unknown(train, {unknown[0]: ""})
+    values = settings_of(train, overrides)
     going_on = bool(resume) and resume != "false"
     if going_on and resume != "true":
         if run and Path(run) != Path(resume):
             raise ConfigError(f"--run={run}, --resume={resume}: expected one folder; a run goes on in its own")
         run = resume
-    if len(config) > 1 or (not config and not (going_on and run)):
-        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    path = one_config(config, str(Path(run) / "config.yaml") if going_on and run else None)
 
     from mbtrain import config as configuration
 
-    path = config[0] if config else str(Path(run) / "config.yaml")
-    settings = configuration.load(path, {key: str(value) for key, value in overrides.items()})
+    settings = configuration.load(path, values)
     configuration.batch_shape(settings, int(os.environ.get("WORLD_SIZE", "1")))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost rank is forty lines of addresses
 
@@ -152,7 +148,7 @@ def eval_task(
       code        any text: loss and a sample, no score
 
       --task=NAME        what is asked for                                       (what the data set was made for)
-      --samples=N        lines marked; of actions, of each action                 (words, addition 1000; actions 100)
+      --samples=N        lines marked; of actions, of each action                 (words, addition 5000; actions 100)
       --temperature=X    words and addition are drawn as the model says (1), of actions the likeliest is taken (0)
       --seed=N           other prompts, other samples                                                          (0)
       --json             last line on stdout: {"task", "score", "scores", "counts", "samples", "learnt", "bpb",

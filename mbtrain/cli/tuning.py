@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mbtrain.command import finish, flag, no_unknown, number, write
+from mbtrain.command import finish, flag, number, one_config, settings_of, write
 from mbtrain.errors import ConfigError
 
 
@@ -72,13 +72,10 @@ def sweep(
 
     from mbtrain.sweep import spec as specs
 
-    unknown = [key for key in options if "." not in key]
-    if unknown:
-        no_unknown(sweep, {unknown[0]: ""})
+    values = settings_of(sweep, options, also=())
     of_spec = {"seeds": seeds, "widths": widths, "which": which, "shrink": shrink, "draws": draws, "name": name}
     of_spec |= {"jobs": jobs, "threads": threads}
-    given = {key: value for key, value in of_spec.items() if value}
-    spec = specs.read(config[0], {**given, **{key: str(value) for key, value in options.items()}})
+    spec = specs.read(config[0], {**{key: value for key, value in of_spec.items() if value}, **values})
     folder = Path(out or (config[0] if Path(config[0]).is_dir() else f"sweeps/{spec.name}"))
     if only_report:
         from mbtrain.sweep.report import report as draw
@@ -119,9 +116,7 @@ def transfer(*what: str, out: str = "", json: str = "", **overrides: str) -> Non
       mbtrain train quickstart_mup.yaml
     """
     as_json = flag("--json", json)
-    unknown = [key for key in overrides if "." not in key]
-    if unknown:
-        no_unknown(transfer, {unknown[0]: ""})
+    values = settings_of(transfer, overrides, also=())
     if len(what) != 2:
         raise ConfigError(f"SWEEP, CONFIG: expected a sweep's folder and an experiment, got {len(what)} of them")
     if not out:
@@ -129,7 +124,7 @@ def transfer(*what: str, out: str = "", json: str = "", **overrides: str) -> Non
 
     from mbtrain.sweep.transfer import transfer as transferred
 
-    made = transferred(what[0], what[1], out, {key: str(value) for key, value in overrides.items()})
+    made = transferred(what[0], what[1], out, values)
     for line in made.lines:
         write(line)
     finish(made.figures, as_json)
@@ -170,18 +165,14 @@ def coord_check(
       mbtrain coord-check configs/quickstart.yaml --model.parametrization=mup --which=depth --widths=1,2,4
     """
     as_json = flag("--json", json)
-    unknown = [key for key in overrides if "." not in key and key != "name"]
-    if unknown:
-        no_unknown(coord_check, {unknown[0]: ""})
-    if len(config) != 1:
-        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    values, path = settings_of(coord_check, overrides), one_config(config)
     n_steps, n_seeds = number("--steps", steps, int, 1), number("--seeds", seeds, int, 1)
     peak = number("--lr", lr, float, 1e-12) if lr else None
 
     from mbtrain import config as configuration
     from mbtrain import coord_check as check
 
-    settings = configuration.load(config[0], {key: str(value) for key, value in overrides.items()})
+    settings = configuration.load(path, values)
     report = check.coord_check(
         settings,
         Path(out or f"coord_check/{settings.name}"),
@@ -220,11 +211,7 @@ def flops(*config: str, gpu: str = "A100,H100", mfu: str = "0.4", json: str = ""
       mbtrain flops configs/quickstart.yaml --model.stages.0.n_layers=12 --train.bytes=80000000000 --gpu=H200 --mfu=0.3
     """
     as_json = flag("--json", json)
-    unknown = [key for key in overrides if "." not in key and key != "name"]
-    if unknown:
-        no_unknown(flops, {unknown[0]: ""})
-    if len(config) != 1:
-        raise ConfigError(f"CONFIG: expected one configuration file, got {len(config)}; see configs/")
+    values, path = settings_of(flops, overrides), one_config(config)
 
     from mbtrain import config as configuration
     from mbtrain import cost, gpus
@@ -234,7 +221,7 @@ def flops(*config: str, gpu: str = "A100,H100", mfu: str = "0.4", json: str = ""
     if share > 1:
         raise ConfigError(f"--mfu: expected at most 1, the whole peak, got {mfu}")
     names = [gpus.named("--gpu", name) for name in gpu.split(",")]
-    settings = configuration.load(config[0], {key: str(value) for key, value in overrides.items()})
+    settings = configuration.load(path, values)
     unit_bytes = None
     if by_content(settings.model):
         from mbtrain.units import unit_bytes_at_hand

@@ -13,17 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from mbtrain.command import writing
 from mbtrain.config import Config
 from mbtrain.coord_check.batch import fixed_batch, shortened
 from mbtrain.coord_check.measure import trained
-from mbtrain.coord_check.picture import png
+from mbtrain.coord_check.picture import draw
 from mbtrain.coord_check.places import of_last_layer, stage_names
-from mbtrain.coord_check.slopes import FAMILIES, Family, Slope, slopes
+from mbtrain.coord_check.slopes import Family, Slope, slopes
 from mbtrain.coord_check.words import complaints, described, table
 from mbtrain.errors import ConfigError
-from mbtrain.widths import Which, deepened, widened, with_stages
+from mbtrain.shards import whole_file
+from mbtrain.widths import WAYS, based, grown
 
 STEPS = (1, 3)  # measured, beside the first and the last
 
@@ -72,13 +74,14 @@ def coord_check(
     """Train the families of a configuration, fit their slopes, and write OUT/<family>.png and OUT/report.md.
 
     Args:
-        which: families of mbtrain/widths.py (both, global, local), and depth.
+        which: of mbtrain/widths.py's WAYS.
         factors: on widths or depths, two or more; under mup a stage without a base is its own.
         lr: constant LR where the base is; None: the configuration's optim.lr.
         say: told where the check stands, a line for each model.
 
     Raises:
-        ConfigError: a width that is not whole, a model that cannot be looked at, or one stage where two are needed.
+        ConfigError: a width that is not whole, a model that cannot be looked at, one stage where two are needed, or an
+            OUT that cannot be written to.
         DataError: the data is there and cannot be read.
     """
     lr = settings.optim.lr if lr is None else lr
@@ -88,15 +91,18 @@ def coord_check(
         f"batch of {ids.shape[0]} x {ids.shape[1]} bytes of {source}"
     )
     checked = []
+    with writing(f"--out={out}"):
+        out.mkdir(parents=True, exist_ok=True)
     for one in which:
         began = time.monotonic()
         family, found = measured(settings, one, factors, steps=steps, seeds=seeds, lr=lr, say=say)
         picture = out / f"{one}.png"
-        out.mkdir(parents=True, exist_ok=True)
-        picture.write_bytes(png(f"{one}: {verdict(found)}  ({how})", family, found))
+        with writing(picture):
+            draw(picture, f"{one}: {verdict(found)}  ({how})", family, found)
         checked.append(Checked(family, found, picture, time.monotonic() - began))
     report = Report(settings, how, tuple(checked), out / "report.md")
-    report.path.write_text("\n".join(lines_of(report)) + "\n", encoding="utf-8")
+    with writing(report.path), whole_file(report.path) as file:
+        file.write(("\n".join(lines_of(report)) + "\n").encode())
     return report
 
 
@@ -112,8 +118,8 @@ def measured(
 ) -> tuple[Family, tuple[Slope, ...]]:
     """One family, trained, and its slopes; arguments and errors are those of `coord_check`."""
     ids, counts, _ = fixed_batch(settings)
-    base, at = shortened(_measured_by_itself(settings)), sorted({0, *(step for step in STEPS if step < steps), steps})
-    models, runs = [_scaled(base, factor, which) for factor in factors], []
+    base, at = shortened(based(settings)), sorted({0, *(step for step in STEPS if step < steps), steps})
+    models, runs = [grown(base, factor, which) for factor in factors], []
     for model in models:
         say(f"{which}: {'layers' if which == 'depth' else 'width'} {_in_words(model, which)}")
         made = [trained(model, ids, counts, seed=seed, lr=lr, at=at) for seed in range(seeds)]
@@ -128,8 +134,8 @@ def families(which: str, settings: Config) -> tuple[str, ...]:
     one_stage = len(settings.model.stages) == 1
     if which == "all":
         return ("both",) if one_stage else ("both", "global", "local")
-    if which not in FAMILIES:
-        raise ConfigError(f"--which: expected all, {', '.join(FAMILIES)}, got {which!r}")
+    if which not in WAYS:
+        raise ConfigError(f"--which: expected all, {', '.join(WAYS)}, got {which!r}")
     if one_stage and which in ("global", "local"):
         raise ConfigError(f"--which={which}: expected both or depth: this model has one stage")
     return (which,)
@@ -139,7 +145,7 @@ def factors(given: str) -> list[float]:
     """What --widths says, as in 1/4,1/2,1,2. Raises ConfigError for what is no factor, or fewer than two."""
     try:
         found = sorted({float(Fraction(text)) for text in given.split(",")})
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         found = []
     if len(found) < 2 or found[0] <= 0:
         raise ConfigError(f"--widths: expected two or more factors above 0, as in 1/4,1/2,1,2, got {given!r}")
@@ -193,26 +199,6 @@ def figures(report: Report) -> dict[str, Any]:
     }
 
 
-def _scaled(base: Config, factor: float, family: str) -> Config:
-    return deepened(base, factor) if family == "depth" else widened(base, factor, cast(Which, family))
-
-
 def _in_words(settings: Config, family: str) -> str:
     sizes = [stage.n_layers if family == "depth" else stage.d_model for stage in settings.model.stages]
     return ", ".join(map(str, sizes))
-
-
-def _measured_by_itself(settings: Config) -> Config:
-    """The configuration with what no base says being its own."""
-    return with_stages(
-        settings,
-        [
-            {
-                **stage.model_dump(),
-                "base_d_model": stage.base_d_model or stage.d_model,
-                "base_n_layers": stage.base_n_layers or stage.n_layers,
-                "base_d_head": stage.base_d_head or stage.d_head,
-            }
-            for stage in settings.model.stages
-        ],
-    )

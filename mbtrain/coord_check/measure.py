@@ -8,6 +8,7 @@ scores and the loss's logits by the torch functions that compute them. No model 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -125,7 +126,7 @@ class Watch:
         if not self.kept:
             self.kept = self.now
         sizes = {place: float(x.abs().mean()) for place, x in self.now.items()}
-        changes = {place: float((x - self.kept[place]).square().mean().sqrt()) for place, x in self.now.items()}
+        changes = {place: _moved(x, self.kept[place]) for place, x in self.now.items()}
         return sizes, changes, self.updates
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor, again: Any) -> None:
@@ -184,6 +185,11 @@ class _Functions(TorchFunctionMode):
                 q, k = (x[..., :ATTENTION_ROWS, :] for x in args[:2])
                 watch.saw(watch.attending, q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
         return out
+
+
+def _moved(x: Tensor, first: Tensor) -> float:
+    """RMS of the change; nan where scores are not finite that were: of those only the finite ones are kept."""
+    return float((x - first).square().mean().sqrt()) if x.shape == first.shape else math.nan
 
 
 def _input(at: Place) -> Place:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mbtrain.coord_check.slopes import Family, Slope
+from mbtrain.plots import INK, MUTED, plain, save
 
-INK, MUTED, BAD, BAND = "#333333", "#767676", "#c1121f", "#e8f0f8"
+BAD, BAND = "#c1121f", "#e8f0f8"
+SMALL = 8  # numbers at the axes, in points
 STAGES = ("#1f6fb4", "#e0700a", "#1e8a46", "#7a4fc2")
 STEPS = ("#b8c4cf", "#7fa8cc", "#3b78b0", "#123c66")
 PARTS = {
@@ -23,9 +25,11 @@ PARTS = {
 }
 
 
-def png(title: str, family: Family, slopes: Sequence[Slope]) -> bytes:
-    """The picture, 1500 pixels wide: rows of sizes, of changes and of slopes; what leaves its band is red."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw(target: Path, title: str, family: Family, slopes: Sequence[Slope]) -> None:
+    """Draw it, 1500 pixels wide: rows of sizes, of changes and of slopes; what leaves its band is red. Raises OSError.
+
+    The file appears when it is whole.
+    """
     from matplotlib.figure import Figure
 
     steps = sorted({slope.step for slope in slopes})
@@ -33,10 +37,11 @@ def png(title: str, family: Family, slopes: Sequence[Slope]) -> bytes:
     rows = max(len(_rows(slopes, updates)) for updates in (False, True))
     heights = (3.6, 3.6, 0.8 + 0.26 * rows)
     figure = Figure(figsize=(15, sum(heights) + 0.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     upper, middle, lower = figure.subfigures(3, 1, squeeze=False, height_ratios=heights)[:, 0]
     for panels, what, shown in ((upper, "size", steps), (middle, "change", [None, *steps[1:]])):
         axes = panels.subplots(1, len(steps), squeeze=False, sharey=True)[0]
+        for here in axes:  # before one of them makes the shared axis a logarithm's
+            plain(here, SMALL)
         for here, step in zip(axes, shown, strict=True):
             if step is None:
                 _legend(here, stages, steps, slopes)
@@ -53,27 +58,24 @@ def png(title: str, family: Family, slopes: Sequence[Slope]) -> bytes:
     _bars(right, slopes, stages)
     right.set_title(f"slopes of each weight's update, step {steps[-1]}", loc="left", color=MUTED, fontsize=10)
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13)
-    written = io.BytesIO()
-    canvas.print_png(written)
-    return written.getvalue()
+    save(figure, target)
 
 
 def _curves(axes: Any, family: Family, slopes: Sequence[Slope], stages: Sequence[str]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
     for one in slopes:
         axes.plot(
             family.factors,
-            one.values,
+            [x if 0 < x < math.inf else math.nan for x in one.values],  # a model that diverged has the others
             color=BAD if one.outside else _colour(one.place.stage, stages),
             linewidth=1.1,
             alpha=0.85,
             marker=PARTS.get(one.place.part, "o"),
             markersize=4.5,
         )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
     axes.set_xticks(family.factors, [width.replace(", ", "\n") for width in family.widths], fontsize=8)
     axes.minorticks_off()
-    _plain(axes)
 
 
 def _legend(axes: Any, stages: Sequence[str], steps: Sequence[int], slopes: Sequence[Slope]) -> None:
@@ -134,23 +136,14 @@ def _bars(axes: Any, slopes: Sequence[Slope], stages: Sequence[str]) -> None:
 
 
 def _of_rows(axes: Any, rows: Sequence[tuple[str, str]]) -> None:
+    plain(axes, SMALL)
     axes.set_yticks(range(len(rows)), [f"{stage} {'q k' if part == 'scores' else part}" for stage, part in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -0.75), max(high, 0.75))
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.set_xlabel("slope: 1 is twice as large in a model of twice the size")
-    _plain(axes)
 
 
 def _colour(stage: str, stages: Sequence[str]) -> str:
     return STAGES[stages.index(stage) % len(STAGES)]
-
-
-def _plain(axes: Any) -> None:
-    axes.grid(True, color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-    axes.tick_params(colors=INK, length=0, labelsize=8)
-    axes.xaxis.label.set_color(INK)

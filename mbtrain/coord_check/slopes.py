@@ -19,7 +19,6 @@ from mbtrain.config import Config
 from mbtrain.coord_check.places import Place, Trained, stage_names
 
 What = Literal["size", "change", "update"]
-FAMILIES = ("both", "global", "local", "depth")
 
 # Lowest and highest slope of sizes and changes; of attention scores; of logits before training; of updates by role.
 # Below 0 there is more room: where a narrow model overshoots at the LR, its tensors grow and a wide one's do not; and

@@ -101,8 +101,7 @@ def checkpoint_bytes(settings: Config, last_step: int | None) -> int:
 
 def _state_bytes(settings: Config) -> int:
     """Of a checkpoint: weights and two moments in fp32, and the weights that were trained beside their averages."""
-    averages = settings.optim.ema is not None or settings.optim.name == "schedule_free"
-    return (16 if averages else 12) * count(settings).parameters
+    return (16 if settings.optim.averages else 12) * count(settings).parameters
 
 
 def activations(

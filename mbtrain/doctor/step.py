@@ -151,7 +151,7 @@ def _step(wrapped: Engine, ranks: Ranks, draw: torch.Generator) -> tuple[float, 
         lost.append(loss.detach())
         if micro_step + 1 < wrapped.accumulation:
             wrapped.step(0.0)
-    engine.total([0.0, *wrapped.gradient_squares()], ranks)
+    engine.total([0.0, *wrapped.gradient_marks()], ranks)
     wrapped.step(1e-3)
     lap("update_s")
     return float(torch.stack(lost).mean()), spent | {"whole_s": _now(ranks) - began}

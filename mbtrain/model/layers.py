@@ -91,6 +91,14 @@ def table(role: str, rows: int, width: int, base: int, config: ModelConfig) -> n
     return parameter(role, draw((rows, width), std, config.init), rule(role, (rows, width), (rows, base), config.mup))
 
 
+def readout(config: ModelConfig, vocab_size: int) -> nn.Parameter | None:
+    """The matrix of logits, (v, d); None where they are the last stage's byte embedding's."""
+    if config.tied:
+        return None
+    base = vocab_size, config.base(len(config.stages) - 1).d_model
+    return matrix("readout", (vocab_size, config.stages[-1].d_model), base, config)
+
+
 def pad(width: int, base: int, config: ModelConfig) -> nn.Parameter:
     """What stands where there is no byte before, (width,)."""
     made = rule("pad", (width,), (base,), config.mup)

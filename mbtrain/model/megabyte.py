@@ -54,6 +54,7 @@ from mbtrain.model.layers import (
     final_norm,
     matrix,
     pad,
+    readout,
     rule_of,
     table,
 )
@@ -221,14 +222,6 @@ def projection(config: ModelConfig, index: int) -> nn.Parameter:
     shape = config.stages[index].d_model, coarser.d_model // slots
     base = config.base(index).d_model, config.base(index - 1).d_model // slots
     return matrix("project", shape, base, config)
-
-
-def readout(config: ModelConfig, vocab_size: int) -> nn.Parameter | None:
-    """The matrix of logits, (v, d); None where they are the last stage's byte embedding's."""
-    if config.tied:
-        return None
-    base = vocab_size, config.base(len(config.stages) - 1).d_model
-    return matrix("readout", (vocab_size, config.stages[-1].d_model), base, config)
 
 
 def slices(coarse: Tensor, slots: int) -> Tensor:

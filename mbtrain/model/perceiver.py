@@ -48,8 +48,8 @@ from mbtrain.model.layers import (
     Transformer,
     attend,
     hidden,
-    matrix,
     pad,
+    readout,
     rotary_angles,
     rotate,
     rule_of,
@@ -145,7 +145,7 @@ class PerceiverAR(nn.Module):
         self.pad = pad(d, base, config)
         self.positions = table("position", seq_len, d, base, config) if config.positions == "learned" else None
         self.transformer = Latents(config, rotary=config.positions == "rotary")
-        self.readout = None if config.tied else matrix("readout", (vocab_size, d), (vocab_size, base), config)
+        self.readout = readout(config, vocab_size)
         self.logit_multiplier = rule_of("readout", self.unembedding).multiplier
 
     def forward(self, ids: Tensor) -> Tensor:

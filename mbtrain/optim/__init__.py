@@ -18,7 +18,7 @@ from mbtrain.optim.schedule_free import ScheduleFree
 
 Optimizer = AdamW | Muon | ScheduleFree
 CLASSES = (AdamW, Muon, ScheduleFree)
-__all__ = ["CLASSES", "AdamW", "Muon", "Optimizer", "Piece", "ScheduleFree", "build"]
+__all__ = ["CLASSES", "AdamW", "Muon", "Optimizer", "Piece", "ScheduleFree", "build", "set_lr"]
 
 
 def build(groups: list[dict[str, Any]], config: Config) -> Optimizer:
@@ -36,3 +36,11 @@ def build(groups: list[dict[str, Any]], config: Config) -> Optimizer:
         normalised=optim.name == "normuon",
         dtype=torch.float32 if config.train.precision == "fp32" else torch.bfloat16,
     )
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set every group's rate for the next step: lr times its lr_scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.lr = lr

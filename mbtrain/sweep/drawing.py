@@ -10,6 +10,7 @@ from typing import Any
 from mbtrain.compare.look import LIGHT, REST
 from mbtrain.plots import INK, MUTED, plain, save
 from mbtrain.redact import one_line
+from mbtrain.sweep.optimum import mean
 from mbtrain.sweep.scores import TARGETS, Family
 
 COLUMNS = 6  # variants side by side; more go into further pictures
@@ -36,7 +37,7 @@ def lr_against_loss(families: Sequence[Family], sizes: Mapping[float, str], titl
                 _curves(axes, family, target, limits[target], handles, sorted(sizes))
             row[0].set_ylabel(f"{TARGETS[target]}\n(bits per byte)")
         for axes, family in zip(grid[0], shown, strict=True):
-            axes.set_title(_plain(family.name or "all trials"), loc="left", color=INK, fontsize=10)
+            axes.set_title(_text(family.name or "all trials"), loc="left", color=INK, fontsize=10)
         for axes in grid[-1]:
             axes.set_xlabel("log2 of the LR")
         if len(handles) > 1:
@@ -48,7 +49,7 @@ def lr_against_loss(families: Sequence[Family], sizes: Mapping[float, str], titl
                 frameon=False,
                 labelcolor=INK,
             )
-        figure.suptitle(_plain(title), x=0.01, ha="left", color=INK, fontsize=12)
+        figure.suptitle(_text(title), x=0.01, ha="left", color=INK, fontsize=12)
         save(figure, path)
         made.append(path)
     return made
@@ -69,7 +70,7 @@ def optimum_against_size(families: Sequence[Family], sizes: Mapping[float, str],
             moved = family.shift(target)
             xs, ys = list(optima), [found.log2_lr for found in optima.values()]
             slope = "" if math.isnan(moved.slope) else f": {moved.slope:+.2f} per doubling"
-            label = _plain(f"{family.name or 'all trials'}{slope}{', open' if moved.open else ''}")
+            label = _text(f"{family.name or 'all trials'}{slope}{', open' if moved.open else ''}")
             axes.plot(xs, ys, color=_colour(i), linewidth=1.6, label=label)
             errors = [0.0 if math.isnan(found.error) else found.error for found in optima.values()]
             axes.errorbar(xs, ys, errors, color=_colour(i), linestyle="none", capsize=3, elinewidth=1.0)
@@ -79,7 +80,8 @@ def optimum_against_size(families: Sequence[Family], sizes: Mapping[float, str],
         plain(axes)
         _size_axis(axes, sizes, axis)
         axes.set_title(f"by {TARGETS[target]}", loc="left", color=MUTED, fontsize=10)
-        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+        if axes.lines:
+            axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     panels[0].set_ylabel("log2 of the best LR")
     figure.suptitle(f"The best LR against {axis}", x=0.01, ha="left", color=INK, fontsize=12)
     save(figure, path)
@@ -100,7 +102,7 @@ def loss_against_size(
         at_fixed = {size: family.at("val_last", size, lr) for size in family.sizes}
         known = {size: loss for size, loss in at_fixed.items() if math.isfinite(loss)}
         own = {size: found.loss for size, found in family.optima("val_last").items() if not math.isnan(found.loss)}
-        label = _plain(f"{family.name or 'all trials'} at {power(lr)}")
+        label = _text(f"{family.name or 'all trials'} at {power(lr)}")
         axes.plot(list(known), list(known.values()), color=_colour(i), linewidth=1.6, marker="o", label=label)
         axes.plot(list(own), list(own.values()), color=_colour(i), linewidth=1.0, linestyle=":", marker=".")
     plain(axes)
@@ -138,7 +140,7 @@ def _curves(
                 if not math.isnan(loss):
                     losses.setdefault(lr, []).append(loss)
         finite = sorted(lr for lr, values in losses.items() if all(map(math.isfinite, values)))
-        means = [sum(losses[lr]) / len(losses[lr]) for lr in finite]
+        means = [mean(losses[lr]) for lr in finite]
         if len(curves) > 1:
             low, high = [min(losses[lr]) for lr in finite], [max(losses[lr]) for lr in finite]
             axes.fill_between(finite, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -199,6 +201,6 @@ def _colour(i: int) -> str:
     return LIGHT[i] if i < len(LIGHT) else REST
 
 
-def _plain(text: str) -> str:
+def _text(text: str) -> str:
     """Without matplotlib's mathematics, which a name with two $ would be read as."""
     return one_line(text, 120).replace("$", r"\$")

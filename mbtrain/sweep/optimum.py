@@ -12,11 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 # A shift from the smallest to the largest width, by the grid's best and by the parabola's: at most one factor of 2, and
-# the optimum transfers. A flat bowl moves the grid's best by a step where the parabola's hardly moves: at most so much
-# of it is close. One that does not transfer, as in SP, moves by two factors of 2 or more over 8 times the width.
+# the optimum transfers. One that does not, as in SP, moves by two factors of 2 or more over 8 times the width.
 MOST_SHIFT = 1.0
-CLOSE = 0.5
-SP_SHIFT = 2.0
 
 TRANSFERS, FAILS = "transfers", "does not transfer"
 OPEN, UNKNOWN = "open: optimum at the edge", "unknown: trials are missing"
@@ -109,9 +106,9 @@ def of_seeds(curves: Sequence[Mapping[float, float]]) -> Optimum:
         return best({})
     everywhere = set.intersection(*(set(curve) for curve in known))
     rates = everywhere if len(everywhere) >= 3 else set().union(*known)
-    mean = {x: _mean([curve[x] for curve in known if x in curve]) for x in rates}
+    means = {x: mean([curve[x] for curve in known if x in curve]) for x in rates}
     own = [found for found in map(best, known) if not math.isnan(found.log2_lr)]
-    found = replace(best(mean), seeds=len(known))
+    found = replace(best(means), seeds=len(known))
     if len(own) < 2 or any(one.edge for one in own):  # a seed whose optimum is at the edge says too little of spread
         return found
     return replace(found, error=standard_error([one.log2_lr for one in own]))
@@ -162,7 +159,7 @@ def is_sure(moved: Shift) -> bool | None:
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Least squares of y on x; nan where all x are equal."""
-    middle_x, middle_y = _mean(xs), _mean(ys)
+    middle_x, middle_y = mean(xs), mean(ys)
     spread = sum((x - middle_x) ** 2 for x in xs)
     if not spread:
         return math.nan
@@ -174,7 +171,7 @@ def standard_error(values: Sequence[float]) -> float:
     n = len(values)
     if n < 2:
         return math.nan
-    middle = _mean(values)
+    middle = mean(values)
     return math.sqrt(sum((value - middle) ** 2 for value in values) / (n - 1) / n)
 
 
@@ -200,5 +197,6 @@ def _vertex(left: tuple[float, float], middle: tuple[float, float], right: tuple
     return middle[0] - b / (2 * a), middle[1] - b * b / (4 * a)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic; nan of nothing."""
+    return sum(values) / len(values) if values else math.nan

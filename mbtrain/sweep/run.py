@@ -21,18 +21,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
 from mbtrain import config as configuration
 from mbtrain import metrics
+from mbtrain.command import writing
 from mbtrain.config import Config
 from mbtrain.errors import ConfigError, DataError
 from mbtrain.log import duration, say
 from mbtrain.redact import one_line
 from mbtrain.shards import load_manifest, whole_file
+from mbtrain.signals import STOPPING, handled
 from mbtrain.sweep import child, ship, state
 from mbtrain.sweep import spec as specs
 from mbtrain.sweep.child import Place
@@ -86,7 +87,7 @@ def sweep(
     prepare(spec, settings, folder)
     mine = plan if share is None else plan[share[0] :: share[1]]
     stopping: list[int] = []
-    with _signals_noted(stopping):
+    with handled(stopping.append, *STOPPING):  # trials save and end; at a second signal they are killed
         left = _what_is_left(mine, folder, retry)
         said = (
             f"{len(plan)} trials, {len(left.queue)} to do{'' if share is None else f' of the {len(mine)} of its share'}"
@@ -109,9 +110,12 @@ def sweep(
 def prepare(spec: Spec, settings: Mapping[str, Config], folder: Path) -> None:
     """Make the folder, or see that it holds this sweep, or a part of it.
 
-    Raises ConfigError where a trial of the folder is not in the sweep any more, or has other settings there.
+    Raises ConfigError where a trial of the folder is not in the sweep any more, or has other settings there, and where
+    the folder cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(f"--out={folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
     with state.held(folder / ".lock", wait=True):
         if (folder / "sweep.yaml").is_file():
             _must_hold(settings, folder)
@@ -190,18 +194,12 @@ def _must_hold(settings: Mapping[str, Config], folder: Path) -> None:
 
 def _difference(old: Config, new: Config) -> str | None:
     """The first key whose value decides what is learnt, and differs."""
-    was, now = (_flat(c.model_dump(mode="json", exclude={"log", "checkpoint", "sample"})) for c in (old, new))
+    unlearnt = {"log", "checkpoint", "sample"}
+    was, now = (configuration.flat(one.model_dump(mode="json", exclude=unlearnt)) for one in (old, new))
     for key in {**was, **now}:
         if was.get(key) != now.get(key) and not (key.startswith("data") and key.endswith("path")):
             return f"{key}: got {now.get(key)}, expected {was.get(key)}"
     return None
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict | list) or not value:
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {k: v for key, item in items for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _what_is_left(plan: Sequence[Planned], folder: Path, retry: bool) -> Left:
@@ -379,18 +377,3 @@ def _say_ended(name: str, run: Path, took_s: float, folder: Path, left: Left, ru
     each_s = math.fsum(left.took_s[-20:]) / len(left.took_s[-20:])
     ahead = f" · {duration(each_s * rest / max(1, running + 1))} left" if rest else ""
     say(folder, f"{done}/{done + rest} · {name} · {outcome} · {duration(took_s)}{ahead}")
-
-
-@contextmanager
-def _signals_noted(stopping: list[int]) -> Iterator[None]:
-    """While inside, SIGTERM, SIGINT and SIGUSR1 are noted: trials save and end; at a second one they are killed."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stopping.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

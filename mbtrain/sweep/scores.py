@@ -86,8 +86,7 @@ class Family:
 
     def at(self, target: str, size: float, lr: float) -> float:
         """Mean loss over seeds at a rate (log2); nan where no seed has it."""
-        known = [curve[lr] for curve in self.curves(target, size) if not math.isnan(curve.get(lr, math.nan))]
-        return sum(known) / len(known) if known else math.nan
+        return optimum.mean([x for curve in self.curves(target, size) if not math.isnan(x := curve.get(lr, math.nan))])
 
 
 def scored(trials: Sequence[Trial]) -> tuple[list[Scored], list[str]]:
@@ -122,7 +121,7 @@ def losses(trial: Trial) -> dict[str, float]:
             logged[key].append(_loss(line[key]))
     train, whole, partial = logged.values()
     n = max(LEAST_LINES, math.ceil(LAST_SHARE * len(train)))
-    means = [sum(train[i : i + n]) / n for i in range(len(train) - n + 1)] or [_mean(train)]
+    means = [sum(train[i : i + n]) / n for i in range(len(train) - n + 1)] or [optimum.mean(train)]
     found = {
         "val_last": whole[-1] if whole else partial[-1] if partial else math.nan,
         "val_best": min([*whole, *partial], default=math.nan),
@@ -206,8 +205,8 @@ def _are_sizes(values: Sequence[str]) -> bool:
 
 
 def size_of(value: str) -> float:
-    """The number in a label, as in 8 or w8; 0 for none."""
-    found = re.search(r"\d+(\.\d+)?", value)
+    """The number in a label, as in 8, .5 or w8; 0 for none."""
+    found = re.search(r"(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", value)
     return float(found.group()) if found else 0.0
 
 
@@ -221,7 +220,3 @@ def _number(value: str) -> bool:
 def _loss(value: object) -> float:
     """A loss that is not a finite number is worse than any."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.inf
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

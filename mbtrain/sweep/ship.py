@@ -62,7 +62,8 @@ def shipping(folder: Path, settings: Sequence[Config]) -> Iterator[None]:
 
 def unsent(folder: Path) -> bool:
     """Whether a trial that wants to be in MLflow has more than was sent of it."""
-    return any(_news(trial.run, _sent(folder)) for trial in state.trials(folder))
+    sent = _sent(folder)
+    return any(_news(trial.run, sent) for trial in state.trials(folder))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,10 +87,10 @@ def follow(folder: Path, runner: int) -> int:
     while True:
         ended = _closed(runner, 0 if ended_s < math.inf else min(PAUSE_S * 2**failures, AGAIN_S))
         ended_s = min(ended_s, time.monotonic()) if ended else math.inf
-        whole = True
+        sent, whole = _sent(folder), True
         for trial in trials:
             again = time.monotonic() - at_s.get(trial.name, time.monotonic()) > AGAIN_S
-            if not _news(trial.run, _sent(folder)):
+            if not _news(trial.run, sent):
                 continue
             if state.is_held(trial.run) and not again:
                 at_s.setdefault(trial.name, time.monotonic())
@@ -103,7 +104,8 @@ def follow(folder: Path, runner: int) -> int:
                 failures, whole = min(failures + 1, 5), False
                 break
             failures = 0
-            files.write_json(folder / ".mlflow.json", {**_sent(folder), trial.name: was})
+            sent[trial.name] = was
+            files.write_json(folder / ".mlflow.json", sent)
         if ended and whole:
             return 0
         if time.monotonic() > ended_s + DEADLINE_S:

@@ -37,10 +37,11 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -49,6 +50,7 @@ from mbtrain.command import closest, number
 from mbtrain.config import Config
 from mbtrain.errors import ConfigError
 from mbtrain.sweep.proxy import proxy
+from mbtrain.widths import WAYS, based, grown
 
 KEYS = (
     "name",
@@ -66,7 +68,6 @@ KEYS = (
     "jobs",
     "threads",
 )
-WHICH = ("both", "global", "local", "depth")
 MOST_TRIALS = 10_000
 MOST_NAME_CHARS = 120
 ROSE = 1.1  # more than the losses of a trial that learns nothing differ
@@ -156,25 +157,31 @@ def planned(spec: Spec) -> list[Planned]:
     if count > MOST_TRIALS:
         raise ConfigError(f"{spec.name}: {count} trials, expected {MOST_TRIALS} at most; try fewer values or draws")
     short = _short_names([axis.name for axis in spec.axes])
-    return list(_planned(spec, short))
+    trials = list(_planned(spec, short))
+    names = Counter(trial.name for trial in trials)
+    if twice := [name for name, count in names.items() if count > 1]:  # two would share a run directory
+        raise ConfigError(f"{spec.name}: two trials have the name {twice[0]}; write one of the values in another way")
+    return trials
 
 
 def settings(spec: Spec, trials: Sequence[Planned]) -> dict[str, Config]:
     """The whole configuration of each trial, by its name. Raises ConfigError that names the trial and its values."""
-    defaults = _defaults(spec)
-    return {trial.name: _settings(spec, trial, defaults) for trial in trials}
+    tree = configuration.read(spec.config)
+    named = configuration.flat(tree)
+    common = {key: value for key, value in DEFAULTS.items() if key not in named} | spec.sets
+    return {trial.name: _settings(spec, trial, tree, common) for trial in trials}
 
 
-def _settings(spec: Spec, trial: Planned, defaults: Mapping[str, str]) -> Config:
+def _settings(spec: Spec, trial: Planned, tree: Mapping[str, Any], common: Mapping[str, str]) -> Config:
     changes = {key: value for key, value in trial.changes.items() if not key.startswith("@")}
-    given = {**defaults, **spec.sets, **changes, "train.seed": str(trial.seed), "name": trial.name}
+    given = {**common, **changes, "train.seed": str(trial.seed), "name": trial.name}
     given.setdefault("log.parent", spec.name)
     try:
-        made = configuration.load(spec.config, given)
+        made = configuration.resolved(tree, given, spec.config.parent)
         if spec.shrink > 1:
             made = proxy(made, spec.shrink)
         if _WIDTH in trial.changes:
-            made = _widened(made, trial.changes[_WIDTH], trial.changes[_WHICH])
+            made = grown(based(made), float(trial.changes[_WIDTH]), trial.changes[_WHICH])
         configuration.batch_shape(made, 1)
     except ConfigError as error:
         at = ", ".join(f"{axis}={value}" for axis, value in trial.values.items()) or "no axis"
@@ -215,19 +222,17 @@ def _lay(tree: dict[str, Any], key: str, value: str) -> None:
     """One option of the command line, laid over a sweep's file."""
     section, _, rest = key.partition(".")
     if section in ("grid", "random") and rest:
-        tree.setdefault(section, {})
-        if not isinstance(tree[section], dict):
-            raise ConfigError(f"{section}: expected a mapping of axes, got {tree[section]}")
-        tree[section][rest] = _listed(key, value) if section == "grid" else _drawn_from(key, value)
+        axes = _mapping(tree.setdefault(section, {}), section)
+        axes[rest] = _listed(key, value) if section == "grid" else _drawn_from(key, value)
     elif key in ("widths", "which"):
-        widths = tree.setdefault("widths", {})
+        widths = _mapping(tree.setdefault("widths", {}), "widths")
         widths["factors" if key == "widths" else "which"] = _listed(key, value)
     elif key == "seeds":
         tree["seeds"] = _listed(key, value)
     elif key in ("name", "shrink", "draws", "draw_seed", "jobs", "threads"):
         tree[key] = value
     elif rest:
-        tree.setdefault("set", {})[key] = value
+        _mapping(tree.setdefault("set", {}), "set")[key] = value
     else:
         raise ConfigError(f"--{key}: no such option{closest(key, KEYS)}; settings are --section.key=value")
 
@@ -332,12 +337,13 @@ def _width_axes(widths: Any) -> Iterator[Axis]:
         raise ConfigError(f"widths.{min(unknown)}: unknown key; known: factors, which")
     factors = _items(given.get("factors"), "widths.factors")
     for factor in factors:
-        number("widths.factors", factor, float, 1e-4)
+        if math.isinf(number("widths.factors", factor, float, 1e-4)):
+            raise ConfigError(f"widths.factors: got {factor}, expected a finite number")
     which = given.get("which", "both")
     ways = [which] if isinstance(which, str) else _items(which, "widths.which")
     for way in ways:
-        if way not in WHICH:
-            raise ConfigError(f"widths.which: got {way}, expected one of {', '.join(WHICH)}, or a list of them")
+        if way not in WAYS:
+            raise ConfigError(f"widths.which: got {way}, expected one of {', '.join(WAYS)}, or a list of them")
     if len(set(factors)) < len(factors) or len(set(ways)) < len(ways):
         raise ConfigError("widths: expected each value once")
     if len(ways) > 1:
@@ -479,26 +485,3 @@ def _name(parts: list[str], values: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
     *_, seed = parts
     return f"{name[: MOST_NAME_CHARS - 20].removesuffix(f'_{seed}').rstrip('_.-') or 'trial'}_{digest}_{seed}"
-
-
-def _defaults(spec: Spec) -> dict[str, str]:
-    """A sweep's own defaults, where the experiment's file does not name the key."""
-    tree = _tree(spec.config)
-    out = {}
-    for dotted, value in DEFAULTS.items():
-        node: Any = tree
-        for part in dotted.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        if node is None:
-            out[dotted] = value
-    return out
-
-
-def _widened(config: Config, factor: str, which: str) -> Config:
-    """The experiment grown; where it names no base, it is the base itself."""
-    from mbtrain import widths
-
-    if all(stage.base_d_model is None for stage in config.model.stages):
-        config = widths.based(config)
-    by = float(factor)
-    return widths.deepened(config, by) if which == "depth" else widths.widened(config, by, cast(widths.Which, which))

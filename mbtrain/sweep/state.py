@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from mbtrain.sweep.trial import Trial
 
 OVER = ("finished", "diverged", "failed")
 MOST_CRASHES = 2  # a trial that was killed from outside, or ran out of memory, is tried once more
+TRIES, TRY_PAUSE_S = 20, 0.05  # to get a lock that only those hold who look at a trial
 LOCK = ".trial.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -70,13 +72,13 @@ def status_unlocked(run: Path) -> str:
 
 
 def score(run: Path) -> float | None:
-    """val/bpb at the end of a run; None if it has none."""
+    """val/bpb at the end of a run; None if it has none, or none that is finite."""
     try:
         last = metrics.last(run / "metrics.jsonl") or {}
     except (DataError, OSError):
         return None
     value = last.get("val/bpb")
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def first(run: Path) -> float:
@@ -100,11 +102,14 @@ def note(run: Path, status_: str, reason: str, crashes: int = 0) -> None:
 
 def note_bad_end(run: Path, status_: str, reason: str, crashes: int = 0) -> None:
     """The same for a trial that could not write RUN/status.json itself, unless another runner has taken it up."""
-    with held(run / LOCK) as ours:
-        if ours:
-            note(run, status_, reason, crashes)
-            with whole_file(run / "status.json") as out:
-                out.write(json.dumps({"status": "FAILED", "message": redact(reason)}).encode())
+    for _ in range(TRIES):  # for who looks at a trial holds its lock too, for a moment
+        with held(run / LOCK) as ours:
+            if ours:
+                note(run, status_, reason, crashes)
+                with whole_file(run / "status.json") as out:
+                    out.write(json.dumps({"status": "FAILED", "message": redact(reason)}).encode())
+                return
+        time.sleep(TRY_PAUSE_S)
 
 
 def forget(run: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mbtrain import config as configuration
+from mbtrain.command import writing
 from mbtrain.config import Config
 from mbtrain.errors import ConfigError
 from mbtrain.shards import whole_file
@@ -37,7 +39,6 @@ _BESIDE = (
     "log.",
     "train.minutes",
 )
-_SHAPE = ("model.stages", "model.parametrization", "model.mup")
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,16 @@ def transfer(
     given = configuration.load(large, {**(overrides or {}), **found.changes, LR: repr(found.lr)})
     made = _renamed(under_mup(given, found.small), Path(out))
     warnings = [*_warnings(found), *_unlike(found, made)]
-    header = _header(Path(sweep), Path(large), Path(out), found, warnings)
-    try:
-        with whole_file(Path(out)) as file:
-            file.write((header + configuration.to_yaml(made)).encode())
-    except OSError as error:
-        raise ConfigError(f"--out={out}: cannot be written ({error.strerror}); give another file") from error
+    settings = [f"--{key}={value}" for key, value in (overrides or {}).items()]
+    command = ["mbtrain", "transfer", str(sweep), str(large), f"--out={out}", *settings]
+    header = _header(command, Path(large), Path(out), found, warnings)
+    with writing(f"--out={out}"), whole_file(Path(out)) as file:
+        file.write((header + configuration.to_yaml(made)).encode())
     figures = {
         "path": str(out),
         "lr": made.optim.lr,
         "log2_lr": found.optimum.log2_lr,
-        "standard_error": None if math.isnan(found.optimum.error) else found.optimum.error,
+        "standard_error": found.optimum.error,
         "edge": found.optimum.edge,
         "seeds": found.optimum.seeds,
         "bpb": found.optimum.loss,
@@ -109,7 +109,8 @@ def transfer(
 def best(folder: Path) -> Found:
     """The best values of a sweep: of the LR by the parabola, of all other axes the best point, by the mean over seeds.
 
-    Where the models have several widths, of the largest. Raises ConfigError where no trial is finished.
+    Where the models have several widths, of the largest. Raises ConfigError where no trial is finished, or where a seed
+    diverged at every LR.
     """
     found, _ = scores.scored(trials_of(folder))
     axes = scores.axes_of([one.trial for one in found])
@@ -127,11 +128,13 @@ def best(folder: Path) -> Found:
         points.setdefault(tuple(one.trial.values[axis] for axis in axes.others), []).append(one)
     optima = {point: of_seeds(_curves(members, target, settings, axes)) for point, members in points.items()}
     point = min(optima, key=lambda at: (math.isnan(optima[at].loss), optima[at].loss))
+    if math.isnan(optima[point].loss):
+        raise ConfigError(f"{folder}: expected an LR at which no seed diverged, found none; let it have lower ones")
     chosen = next(one for one in points[point] if one.trial.name in settings)
     changes = {
         key: value
         for key, value in planned[chosen.trial.name].changes.items()
-        if key != LR and not key.startswith(("@", *_SHAPE))
+        if key != LR and not key.startswith("@") and not _of_shape(key)
     }
     rate = optima[point].log2_lr
     edges = tuple(axis for axis, value in zip(axes.others, point, strict=True) if _at_edge(value, axes.values[axis]))
@@ -200,34 +203,40 @@ def _warnings(found: Found) -> Iterator[str]:
 
 def _unlike(found: Found, made: Config) -> Iterator[str]:
     """What differs between the sweep's runs and the large one's, of which muP says nothing."""
-    small, large = (dict(_flat(one.model_dump(mode="json"))) for one in (found.small, made))
+    small, large = (configuration.flat(one.model_dump(mode="json")) for one in (found.small, made))
     differ = [
         f"{key} {small.get(key)} -> {large.get(key)}"
         for key in {**small, **large}
-        if small.get(key) != large.get(key) and key != LR and not key.startswith((*_BESIDE, *_SHAPE))
+        if small.get(key) != large.get(key) and key != LR and not key.startswith(_BESIDE) and not _of_shape(key)
     ]
     if differ:
         yield f"not as in the sweep, and muP says nothing of it: {', '.join(differ)}"
 
 
-def _header(sweep: Path, large: Path, out: Path, found: Found, warnings: Sequence[str]) -> str:
+def _of_shape(key: str) -> bool:
+    """What muP scales or scales by; a window is of a stage, and no part of that."""
+    return key.startswith(("model.stages", "model.parametrization", "model.mup")) and not key.endswith(".window")
+
+
+def _header(command: Sequence[str], large: Path, out: Path, found: Found, warnings: Sequence[str]) -> str:
     stages = found.small.model.stages
     bases = [found.small.model.base(i) for i in range(len(stages))]
     shape = " + ".join(f"{base.n_layers}x{base.d_model}" for base in bases)
     lines = [
         f"{large.stem} with what a sweep of a smaller model found, by muP.",
         "",
-        f"  mbtrain transfer {sweep} {large} --out={out}",
-        f"  mbtrain train {out}",
+        f"  {shlex.join(command)}",
+        f"  {shlex.join(['mbtrain', 'train', str(out)])}",
         "",
         f"Base: {shape} (layers x width). optim.lr = {found.lr:.4g}, {_in_words(found)}.",
     ]
     if found.changes:
         lines.append("Best of the other keys tried: " + ", ".join(f"{k} = {v}" for k, v in found.changes.items()) + ".")
     lines += [f"WARNING: {warning}" for warning in warnings]
-    commands = [line for line in lines if line.startswith("  ")]  # which stay whole
-    wrapped = [part for line in lines for part in ([line] if line in commands else textwrap.wrap(line, 118) or [""])]
-    return "".join(f"# {line}".rstrip() + "\n" for line in wrapped)
+    parts = []
+    for line in lines:  # commands stay whole, but where a name has a line's end in it
+        parts += line.splitlines() if line.startswith("  ") else textwrap.wrap(line, 118) or [""]
+    return "".join(f"# {part}".rstrip() + "\n" for part in parts)
 
 
 def _in_words(found: Found) -> str:
@@ -245,11 +254,3 @@ def _renamed(config: Config, out: Path) -> Config:
     """Named as its file, so that it does not train into the run directory of the one that it comes of."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", out.stem).lstrip("._-")
     return config.model_copy(update={"name": name or config.name})
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value

@@ -107,21 +107,15 @@ def _addition(
     right = [(a, b) in seen for a, b, c in of_form if a + b == c]
     known = [(a, b) in seen for a, b, _ in of_form]
     asked = _asked_sums(go_on, lines, seen, draw)
-    counts = {
-        "form": len(made),
-        "right": len(made),
-        "right_seen": sum(known),
-        "right_unseen": len(known) - sum(known),
-        "asked_unseen": len(asked),
+    hits_of = {
+        "form": (len(of_form), len(made)),
+        "right": (len(right), len(made)),
+        "right_seen": (sum(right), sum(known)),
+        "right_unseen": (len(right) - sum(right), len(known) - sum(known)),
+        "asked_unseen": (sum(asked), len(asked)),
     }
-    hits = {
-        "form": len(of_form),
-        "right": len(right),
-        "right_seen": sum(right),
-        "right_unseen": len(right) - sum(right),
-        "asked_unseen": sum(asked),
-    }
-    scores = {name: hits[name] / counts[name] if counts[name] else None for name in counts}
+    counts = {name: of for name, (_, of) in hits_of.items()}
+    scores = {name: hits / of if of else None for name, (hits, of) in hits_of.items()}
     wrong = [line for line, parts in sums if parts is None or parts[0] + parts[1] != parts[2]]
     return Marks(len(made), len(right) / len(made), scores, counts, tuple(wrong[:5]))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -39,23 +40,14 @@ def start_shipper(
     None, and a warning, where the system starts no process: training goes on, and `mbtrain sync` sends it later.
     """
     run_dir = Path(run_dir).resolve()
-    request = {
-        "tracking_uri": without_password(absolute(uri)),
-        "experiment": experiment,
-        "run_name": run_name,
-        "run_id": run_id,
-        "parent": parent,
-        "interval_s": interval_s,
-        "deadline_s": deadline_s,
-        "trainer": {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "token": os.urandom(
-                8
-            ).hex(),  # a shipper whose trainer this file names no more has been followed by another
-        },
+    trainer = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "token": os.urandom(8).hex(),  # a shipper whose trainer this file names no more has been followed by another
     }
+    request = _request(uri, experiment, run_name, run_id, parent)
+    request |= {"interval_s": interval_s, "deadline_s": deadline_s, "trainer": trainer}
     try:
         (run_dir / "status.json").unlink(missing_ok=True)
         write_json(run_dir / "tracking.json", request)
@@ -72,11 +64,16 @@ def leave_to_sync(
 
     The arguments are those of `start_shipper`.
     """
-    request = {"experiment": experiment, "run_name": run_name, "run_id": run_id, "parent": parent}
     try:
-        write_json(Path(run_dir) / "tracking.json", {"tracking_uri": without_password(absolute(uri)), **request})
+        write_json(Path(run_dir) / "tracking.json", _request(uri, experiment, run_name, run_id, parent))
     except OSError as error:
         log.warning("MLflow gets nothing of %s for now (%s)", run_dir, error)
+
+
+def _request(uri: str, experiment: str, run_name: str, run_id: str | None, parent: str | None) -> dict[str, Any]:
+    """What tracking.json says of where a run is sent to; a password stays in the environment."""
+    where = {"tracking_uri": without_password(absolute(uri)), "experiment": experiment, "run_name": run_name}
+    return where | {"run_id": run_id, "parent": parent}
 
 
 def finish(

@@ -16,7 +16,7 @@ import pytest
 from mbtrain import cli, metrics
 from mbtrain.errors import ConfigError
 from mbtrain.sweep import Trial, report, scores, trials
-from mbtrain.sweep.optimum import FAILS, OPEN, TRANSFERS
+from mbtrain.sweep.optimum import FAILS, OPEN, TRANSFERS, UNKNOWN
 from tests.sweep import made
 
 VARIANTS = {"sp": {"model.parametrization": "sp"}, "mup": {"model.parametrization": "mup"}}
@@ -159,6 +159,35 @@ def test_diverged_failed_and_missing_trials(tmp_path: Path) -> None:
     page = found.path.read_text()
     assert "nonsense" in page
     json.loads((folder / "report.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_variant_of_one_width_has_no_verdict(tmp_path: Path) -> None:
+    """Where the others are left out of the sweep."""
+    tree = {
+        "grid": {"variant": VARIANTS, "optim.lr": made.RATES},
+        "widths": {"factors": [1, 2]},
+        "skip": [{"variant": "sp", "width": "2"}],
+    }
+    found = report.report(made.sweep(tmp_path / "s", known_loss, tree))
+    sp, mup = (variant(found.figures, name) for name in VARIANTS)
+    assert (sp["verdict"], mup["verdict"]) == (None, TRANSFERS)
+    assert sp["fixed_lr"]["wider_is_better"] is None
+    assert found.lines[0] == "sp: best LR -4.20 (2^-4): 3.5020"
+    (row,) = [line for line in found.path.read_text().splitlines() if line.startswith("| sp | -4.20")]
+    assert row.endswith("|  |  | 0.00 % |  |")
+
+
+def test_a_sweep_of_which_all_diverged_has_no_optimum(tmp_path: Path) -> None:
+    tree = {"grid": {"optim.lr": made.RATES}, "widths": {"factors": [1, 2]}}
+    found = report.report(made.sweep(tmp_path / "s", lambda *_: math.inf, tree))
+    assert found.figures["trials"] == {"diverged": 14}
+    assert [one["verdict"] for one in found.figures["variants"]] == [UNKNOWN]
+
+
+@pytest.mark.parametrize(("label", "size"), [("8", 8), ("w8", 8), ("0.5", 0.5), (".5", 0.5), ("1e1", 10), ("big", 0)])
+def test_a_size_is_the_number_in_a_label(label: str, size: float) -> None:
+    assert scores.size_of(label) == size
 
 
 def test_an_lr_axis_without_widths(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ pytest tests/sweep/test_run.py
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -202,6 +204,37 @@ def test_a_folder_may_grow_and_not_change_and_be_shared_out(
     assert begun(folder / "runs" / "lr1e-3_s0") == 1
     assert yaml.safe_load((folder / "sweep.yaml").read_text())["seeds"] == ["0", "1"]
     assert yaml.safe_load((folder / "runs" / "lr1e-3_s1" / "config.yaml").read_text())["log"]["parent"] == "tiny"
+
+
+def test_a_bad_end_is_noted_although_somebody_looks_at_the_trial(tmp_path: Path) -> None:
+    """Who asks whether a trial is running holds its lock for a moment."""
+    (tmp_path / state.LOCK).touch()
+    looking = os.open(tmp_path / state.LOCK, os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    timer = threading.Timer(0.1, os.close, (looking,))
+    timer.start()
+    state.note_bad_end(tmp_path, "diverged", "it rose")
+    timer.join()
+    assert state.status(tmp_path) == "diverged"
+    with state.held(tmp_path / state.LOCK):  # by another trial's process, which has taken it up
+        state.note_bad_end(tmp_path, "failed", "it crashed")
+    assert state.status(tmp_path) == "diverged"
+
+
+def test_a_loss_that_is_no_number_is_nobodys_best(tmp_path: Path, config: Path) -> None:
+    """Of a trial that was killed after its last line, before it could be noted."""
+    plan = specs.planned(specs.read(config, {"grid.optim.lr": "1,2"}))
+    for trial, loss in zip(plan, (math.nan, 3.0), strict=True):
+        run = state.run_of(tmp_path, trial.name)
+        run.mkdir(parents=True)
+        metrics.append(run / "metrics.jsonl", 1, {"val/bpb": loss})
+        (run / "status.json").write_text('{"status": "FINISHED"}')
+    assert runner.figures(plan, tmp_path)["best"] == {"name": "lr2_s0", "val/bpb": 3.0}
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command("sweep", str(config), f"--out={config}/swept", "--train.steps=1") == 2
+    assert f"--out={config}/swept: cannot be written (Not a directory)" in capfd.readouterr().err
 
 
 def test_nothing_starts_when_any_trial_has_no_data(config: Path, tmp_path: Path) -> None:

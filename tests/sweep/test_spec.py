@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mbtrain.errors import ConfigError
 from mbtrain.sweep import spec as specs
 from mbtrain.sweep.spec import Planned, Stop
+from mbtrain.widths import WAYS
 from tests import tiny
 
 
@@ -195,7 +196,23 @@ def test_a_width_axis_grows_the_stages_from_the_base_that_the_experiment_is(fold
     assert shapes["local_width2_s0"] == [(32, 2, 32), (32, 2, 16)]
     assert shapes["both_width2_s0"] == [(64, 2, 32), (32, 2, 16)]
     assert shapes["depth_width2_s0"] == [(32, 4, 32), (16, 4, 16)]
-    assert len({str(shapes[f"{which}_width1_s0"]) for which in specs.WHICH}) == 1
+    assert len({str(shapes[f"{which}_width1_s0"]) for which in WAYS}) == 1
+
+
+def test_a_base_that_is_named_in_part_is_else_the_experiment_itself(folder: Path) -> None:
+    tree = tiny.tree()
+    tree["model"]["stages"] = [{**stage, "base_d_model": 8} for stage in tree["model"]["stages"]]
+    (folder / "named.yaml").write_text(yaml.safe_dump(tree))
+    found = read(folder, {"config": "named.yaml", "widths": {"factors": [2], "which": "depth"}})
+    (made,) = specs.settings(found, specs.planned(found)).values()
+    assert [(s.n_layers, s.base_n_layers, s.base_d_model) for s in made.model.stages] == [(4, 2, 8)] * 2
+
+
+def test_two_trials_never_share_a_name(folder: Path) -> None:
+    """Of names that say nothing of their values the hash alone is left, which is short: it may be the same."""
+    labels = {chr(0x4E00 + i): {"data.seq_len": i} for i in range(8000)}
+    with pytest.raises(ConfigError, match=r"law: two trials have the name s0_[0-9a-f]{6}_s0; write"):
+        plan(folder, {"grid": {"v": labels}})
 
 
 def test_points_that_are_left_out_are_not_planned(folder: Path) -> None:
@@ -243,6 +260,10 @@ def test_a_loss_is_too_high_when_it_rose_and_not_when_nothing_is_learnt_yet() ->
         ({"stop": {"ratios": 2}}, {}, "stop.ratios: unknown key"),
         ({"grid": {"optim.lr": ["1"]}, "skip": [{"lr": 1}]}, {}, "skip.0.lr: no such axis"),
         ({"seeds": [0, 1], "draws": 5001, "random": {"optim.lr": ["1"]}}, {}, "10002 trials, expected 10000 at most"),
+        ({"jobs": [1]}, {}, "jobs: expected a whole number of at least 1, got \\['1'\\]"),
+        ({"widths": {"factors": ["inf"]}}, {}, "widths.factors: got inf, expected a finite number"),
+        ({"widths": [1, 2]}, {"which": "local"}, r"widths: got \['1', '2'\], expected a mapping"),
+        ({"set": None}, {"train__steps": "1"}, "set: got null, expected a mapping"),
         ({}, {"jobs": "0"}, "jobs: expected a whole number of at least 1"),
         ({}, {"sede": "1"}, r"--sede: no such option \(did you mean seeds\?\)"),
     ],

@@ -218,12 +218,42 @@ def test_another_kind_of_model_is_refused(tmp_path: Path, experiment: Path) -> N
     assert not (tmp_path / "out.yaml").exists()
 
 
+def test_a_window_is_a_value_like_any_other(tmp_path: Path, experiment: Path) -> None:
+    """Of a stage, and yet nothing that grows with the model."""
+    key, lrs = "model.stages.0.window", made.RATES[:3]
+    tree = {"grid": {key: [2, 4, 8], "optim.lr": lrs}}
+    sweep = swept(tmp_path / "s", tree, lambda values, _: 3 + abs(int(values[key]) - 4) + float(values["optim.lr"]))
+    told = transfer.transfer(sweep, experiment, tmp_path / "out.yaml")
+    assert config.load(tmp_path / "out.yaml").model.stages[0].window == 4
+    assert told.figures["values"] == {key: "4"}
+    other = swept(tmp_path / "t", {"set": {key: 2}, "grid": {"optim.lr": lrs}}, lambda values, _: 3.0)
+    told = transfer.transfer(other, experiment, tmp_path / "out.yaml")
+    assert any("model.stages.0.window 2 -> None" in warning for warning in told.figures["warnings"])
+
+
+def test_the_command_of_the_header_is_the_one_that_was_given(tmp_path: Path, experiment: Path) -> None:
+    sweep = swept(tmp_path / "a b\nc", {"grid": {"optim.lr": made.RATES}}, best_at(-5.4))
+    out = tmp_path / "out.yaml"
+    transfer.transfer(sweep, experiment, out, {"train.steps": "9"})
+    header = [line for line in out.read_text().splitlines() if line.startswith("#")]
+    assert header[2:4] == [f"#   mbtrain transfer '{tmp_path}/a b", f"# c' {experiment} --out={out} --train.steps=9"]
+    assert config.load(out).train.steps == 9
+
+
 def test_an_unfinished_sweep_is_refused(tmp_path: Path, experiment: Path) -> None:
     sweep = swept(tmp_path / "s", {"grid": {"optim.lr": made.RATES}}, lambda *_: None)
     with pytest.raises(ConfigError, match="expected finished trials"):
         transfer.transfer(sweep, experiment, tmp_path / "out.yaml")
     with pytest.raises(ConfigError, match=r"no sweep\.yaml"):
         transfer.transfer(tmp_path, experiment, tmp_path / "out.yaml")
+
+
+def test_a_sweep_in_which_a_seed_diverged_at_every_lr_is_refused(tmp_path: Path, experiment: Path) -> None:
+    tree = {"grid": {"optim.lr": made.RATES}, "seeds": [0, 1]}
+    sweep = swept(tmp_path / "s", tree, lambda values, seed: 3.0 if seed else math.inf)
+    with pytest.raises(ConfigError, match="expected an LR at which no seed diverged, found none"):
+        transfer.transfer(sweep, experiment, tmp_path / "out.yaml")
+    assert not (tmp_path / "out.yaml").exists()
 
 
 def test_the_verb(tmp_path: Path, experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
