@@ -163,6 +163,11 @@ def test_what_launchers_put_before_the_verb_is_accepted(config: str, capsys: pyt
     assert "gone.yaml: cannot read the config" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", list(cli.PROGRAM.verbs))
+def test_every_verb_takes_json(verb: str) -> None:
+    assert "json" in inspect.signature(cli.PROGRAM.verbs[verb]).parameters
+
+
 def test_json_is_the_last_line_and_only_where_asked_for(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     for option, wanted in (("--json", True), ("--json=true", True), ("--json=false", False)):
         assert run("flops", config, option) == 0

@@ -326,12 +326,13 @@ def same_as_undisturbed(path: Path, run: Path, folder: Path) -> bool:
 
 def test_a_killed_rank_costs_the_steps_since_the_checkpoint_and_nothing_else(shards: Path, tmp_path: Path) -> None:
     path, run = settings_of(tmp_path, shards, steps=60), tmp_path / "run"
-    (supervisor,) = processes = launch.begin(["supervise", str(path), f"--run={run}", "--ranks=2"])
+    (supervisor,) = processes = launch.begin(["supervise", str(path), f"--run={run}", "--ranks=2", "--json"])
     launch.wait_for(lambda: newest(run) >= 5, processes)
     ranks_of(supervisor)[1].kill()
     ended = launch.end(processes)
     assert ended.codes == [0], ended.stderr
     assert len(re.findall(r"supervise: start: 2 ranks on localhost \(2\)", ended.stderr)) == 2
+    assert launch.last_json(ended.stdout) == {"run": str(run), "step": 60, "exit_status": 0}
     assert same_as_undisturbed(path, run, tmp_path)
 
 

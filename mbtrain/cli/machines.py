@@ -80,6 +80,7 @@ def supervise(
     hostfile: str = "",
     ranks: str = "",
     restarts: str = "3",
+    json: str = "",
     **overrides: str,
 ) -> None:
     """mbtrain supervise CONFIG [--run=DIR] [--hostfile=FILE] [--ranks=N] [--restarts=3] [--section.key=value ...]
@@ -93,6 +94,7 @@ def supervise(
       --hostfile=FILE   lines NAME slots=N                                                   (this machine alone)
       --ranks=N         at most so many ranks in all          (one a slot; without hostfile one a GPU, or one)
       --restarts=N      end with exit status 1 when so many restarts in a row brought no newer checkpoint      (3)
+      --json            last line on stdout: {"run", "step", "exit_status"}; step: of the newest checkpoint, or -1
 
     SIGTERM and Ctrl-C let the ranks save and end, a second one ends them at once. Exit status: 0 finished, 1 no
     progress, 2 a mistake that another start would not mend, 143 stopped.
@@ -101,18 +103,21 @@ def supervise(
       mbtrain supervise configs/quickstart.yaml --ranks=2
       bash launch/supervise --hostfile=hosts configs/quickstart.yaml --run=/shared/runs/first
     """
+    as_json = flag("--json", json)
     values, path = settings_of(supervise, overrides), one_config(config)
     most = number("--ranks", ranks, int, 1) if ranks else None
     without_progress = number("--restarts", restarts, int, 0)
 
     from mbtrain import config as configuration
-    from mbtrain.supervise import Task
+    from mbtrain.supervise import Task, newest_step
     from mbtrain.supervise import supervise as keep_going
 
     settings = configuration.load(path, values)
     folder = Path(run or f"runs/{settings.name}").resolve()
     given = tuple(f"--{key}={value}" for key, value in values.items())
-    sys.exit(keep_going(Task(path, given, settings, folder, hostfile or None, most, without_progress)))
+    code = keep_going(Task(path, given, settings, folder, hostfile or None, most, without_progress))
+    finish({"run": str(folder), "step": newest_step(folder), "exit_status": code}, as_json)
+    sys.exit(code)
 
 
 def job(
@@ -217,17 +222,19 @@ def job(
     finish(figures, as_json)
 
 
-def ui(host: str = "127.0.0.1", port: str = "5000", uri: str = "", **unknown: str) -> None:
+def ui(host: str = "127.0.0.1", port: str = "5000", uri: str = "", json: str = "", **unknown: str) -> None:
     """mbtrain ui [--host=127.0.0.1] [--port=5000] [--uri=STORE]
 
     Serves MLflow's pages of the runs tracked here, on the loopback interface unless told otherwise, until Ctrl-C.
-    Everyone who reaches the port can read and change the store.
+    Everyone who reaches the port can read and change the store. --json: {"url"} on stdout in place of words.
     """
     no_unknown(ui, unknown)
+    as_json = flag("--json", json)
     at = number("--port", port, int, 1)
 
     from mbtrain import tracking
 
-    write(f"http://{host}:{port} (some 10 s from now; Ctrl-C ends it)")
+    url = f"http://{host}:{at}"
+    finish({"url": url}, True) if as_json else write(f"{url} (some 10 s from now; Ctrl-C ends it)")
     sys.stdout.flush()
     tracking.ui(host, at, uri or None)
