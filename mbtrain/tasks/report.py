@@ -19,7 +19,7 @@ from mbtrain.sample import Sampling, as_text, generate
 from mbtrain.tasks.marking import Marks, mark
 from mbtrain.tasks.rules import TASKS, addends, data_of, floor_nats_per_byte, result, word_fits
 
-SAMPLES = {"words": 1000, "addition": 1000, "actions": 100}
+SAMPLES = {"words": 5000, "addition": 5000, "actions": 100}  # 20 in a row go on from one prompt, mistakes too
 LOSS_AIM = 1.30  # of actions, nats per byte
 AIMS = {"words": 0.99, "form": 0.99, "addition": 0.90, "actions": 0.95}
 SAMPLE_BYTES = 160
