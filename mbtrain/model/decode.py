@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbtrain.model import native
 from mbtrain.model.layers import (
     NORM_EPS,
     Block,
@@ -151,6 +152,10 @@ class Decoder:
         ]
         self.outputs: list[Tensor | None] = [None] * len(self.stages)
         self.parents = [-1] * len(self.stages)
+        library = native.library() if native.covers(model) else None
+        self.native = (
+            native.Native(library, model, self.ids, self.stages, self.caches, self.angles) if library else None
+        )
 
     @torch.inference_mode()
     def feed(self, ids: Tensor) -> Tensor:
@@ -160,6 +165,13 @@ class Decoder:
             self._forget()
         self.ids[:, self.n : self.n + ids.shape[1]] = ids
         before, self.n = self.n, self.n + ids.shape[1]
+        if self.native is not None:
+            if self.parents[0] >= 0 and ids.shape[1] == 1:
+                return self.native.step(self.n)
+            self._recall(before)
+            output = self._advance_all()
+            self.native.take(self.outputs)
+            return self.model.logits(output)
         if self.cross_patch:
             end = self.n
             for stop in self._whole_patches(before, end):
@@ -167,6 +179,18 @@ class Decoder:
                 self._advance_all()
             self.n = end
         return self.model.logits(self._advance_all())
+
+    def _recall(self, n: int) -> None:
+        """Note where the stages are, which native steps have brought to byte n."""
+        for s, (stage, caches) in enumerate(zip(self.stages, self.caches, strict=True)):
+            if self.parents[s] >= 0:
+                self.parents[s] = n // self._span(stage) * self._span(stage)
+                for cache in caches:
+                    cache.used = (n - self.parents[s]) // stage.patch_size + 1
+
+    def _span(self, stage: Stage) -> int:
+        """Bytes of one position of the coarser stage."""
+        return stage.slots * stage.patch_size or self.model.seq_len + 1
 
     def _whole_patches(self, before: int, end: int) -> Iterator[int]:
         """Where the last stage must have been, on the way from byte `before` to `end`: the last bytes of patches."""
@@ -188,9 +212,8 @@ class Decoder:
 
     def _advance(self, s: int, stage: Stage, parent: Tensor | None) -> Tensor:
         """Bring one stage to the position that predicts byte n; returns its output there, (b, d)."""
-        span = stage.slots * stage.patch_size or self.model.seq_len + 1
+        span, caches = self._span(stage), self.caches[s]
         start = self.n // span * span  # first byte inside the coarser stage's current position
-        caches = self.caches[s]
         if start != self.parents[s]:
             r = stage.transformer.cross_patch
             whole = r > 0 and self.parents[s] >= 0 and start == self.parents[s] + span and caches[0].done == stage.slots
