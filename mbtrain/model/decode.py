@@ -129,9 +129,10 @@ class Decoder:
     """Incremental logits of a batch of rows of equal length, equal to the full forward pass on the same bytes.
 
     When a row reaches the model's seq_len, the decoder goes on from its last seq_len / 2 bytes as a new row.
+    compiled: single bytes go through native.c where it covers the model; else all through torch.
     """
 
-    def __init__(self, model: Megabyte, batch: int):
+    def __init__(self, model: Megabyte, batch: int, compiled: bool = True):
         self.model = model
         without_local = model.config.without == "local"
         self.slices = cast("Slices", model.stages[-1]) if without_local else None
@@ -152,7 +153,7 @@ class Decoder:
         ]
         self.outputs: list[Tensor | None] = [None] * len(self.stages)
         self.parents = [-1] * len(self.stages)
-        library = native.library() if native.covers(model) else None
+        library = native.library() if compiled and native.covers(model) else None
         self.native = (
             native.Native(library, model, self.ids, self.stages, self.caches, self.angles) if library else None
         )
@@ -179,6 +180,19 @@ class Decoder:
                 self._advance_all()
             self.n = end
         return self.model.logits(self._advance_all())
+
+    @torch.inference_mode()
+    def run(self, logits: Tensor, points: Tensor, possible: int, temperature: float) -> tuple[Tensor, Tensor] | None:
+        """Choose and take bytes by themselves, without Python, as Native.run does: as many as the row has room for.
+
+        None where there is no such way, or no room.
+        """
+        m = min(points.shape[1], self.model.seq_len - 1 - self.n)
+        if self.native is None or m <= 0:
+            return None
+        made, logits = self.native.run(self.n, logits, points[:, :m], possible, temperature)
+        self.n += m
+        return made, logits
 
     def _recall(self, n: int) -> None:
         """Note where the stages are, which native steps have brought to byte n."""
@@ -233,7 +247,9 @@ class Decoder:
                 x = stage.condition_slots(x, parent, done)
             one = need == done + 1
             self.outputs[s] = (
-                self._one_more(s, stage, x[:, 0], starts) if one else stage.transformer(x, caches, starts)[:, -1]
+                self._one_more(s, stage, x[:, 0], starts)
+                if one
+                else stage.transformer(x, caches, starts, last_alone=True)[:, -1]
             )
         output = self.outputs[s]
         assert output is not None

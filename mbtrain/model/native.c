@@ -38,7 +38,7 @@ typedef struct {
 typedef struct {
     int64_t rows, stages, seq_len, vocab, rms, qk_norm, token_shift, activation, final_norm;
     const float *unembedding;
-    const int64_t *ids; /* (b, seq_len) */
+    int64_t *ids;       /* (b, seq_len) */
     float *scratch;     /* b rows of everything wide that is needed for a moment */
     Stage *stage;
     float logit_multiplier;
@@ -274,22 +274,32 @@ void next_byte(const Model *m, int64_t n, float *logits)
            m->rows, 0, 1);
 }
 
-/* As sample.choose without cuts: the point `uniform` (b) in [0, 1) of each row's distribution; temperature 0: the
-   likeliest. logits (b, stride), of which `possible` columns count. */
-void choose(const float *logits, int64_t rows, int64_t stride, int64_t possible, float temperature,
-            const double *uniform, int64_t *chosen)
+/* A row's choice as sample.choose makes it without cuts: the point `uniform` in [0, 1) of the distribution at this
+   temperature; 0 takes the likeliest. Of the logits so many are possible; p has room for them. */
+static int64_t choose(const float *logits, int64_t possible, float temperature, double uniform, float *p)
 {
-    float p[possible];
-    for (int64_t r = 0; r < rows; r++, logits += stride) {
-        int64_t at = 0;
-        for (int64_t i = 1; i < possible; i++) at = logits[i] > logits[at] ? i : at;
-        if (temperature > 0) {
-            double total = 0, sum = 0;
-            for (int64_t i = 0; i < possible; i++) p[i] = exponential((logits[i] - logits[at]) / temperature);
-            for (int64_t i = 0; i < possible; i++) total += p[i];
-            for (at = 0; at < possible - 1; at++)
-                if ((sum += p[at]) > uniform[r] * total) break;
+    int64_t at = 0;
+    double total = 0, sum = 0;
+    for (int64_t i = 1; i < possible; i++) at = logits[i] > logits[at] ? i : at;
+    if (temperature == 0) return at;
+    for (int64_t i = 0; i < possible; i++) p[i] = exponential((logits[i] - logits[at]) / temperature);
+    for (int64_t i = 0; i < possible; i++) total += p[i];
+    for (at = 0; at < possible - 1; at++) /* scaled by the whole sum: rounding lets no point fall behind the last */
+        if ((sum += p[at]) > uniform * total) break;
+    return at;
+}
+
+/* Choose `steps` bytes from byte n on, made (b, steps), by points (b, points_stride); logits (b, v) are those of byte n,
+   and at the end those of byte n + steps, which the row must have room for. */
+void run(const Model *m, int64_t n, int64_t steps, int64_t possible, float temperature, const double *points,
+         int64_t points_stride, float *logits, int64_t *made)
+{
+    for (int64_t t = 0; t < steps; t++, n++) {
+        for (int64_t r = 0; r < m->rows; r++) {
+            double uniform = points[r * points_stride + t];
+            made[r * steps + t] = choose(logits + r * m->vocab, possible, temperature, uniform, m->scratch);
+            m->ids[r * m->seq_len + n] = made[r * steps + t];
         }
-        chosen[r] = at;
+        next_byte(m, n + 1, logits);
     }
 }

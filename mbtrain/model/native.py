@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, c_double, c_float, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,8 +76,11 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     loaded.next_byte.argtypes = [POINTER(_Model), c_int64, c_void_p]
-    loaded.choose.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_float, c_void_p, c_void_p]
-    loaded.next_byte.restype = loaded.choose.restype = None
+    loaded.run.argtypes = [
+        *(POINTER(_Model), c_int64, c_int64, c_int64, c_float),
+        *(c_void_p, c_int64, c_void_p, c_void_p),
+    ]
+    loaded.next_byte.restype = loaded.run.restype = None
     return loaded
 
 
@@ -135,13 +138,13 @@ class Native:
     ):
         self.kept: list[Any] = [ids]
         self.lasts = [(cache, cache.attn_last, cache.ffn_last) for layers in caches for cache in layers]
-        self.next_byte, self.rows = library.next_byte, ids.shape[0]
+        self.library, self.rows = library, ids.shape[0]
         self.vocab_size = model.vocab_size
         block, first = model.config.block, cast("Any", stages[0].transformer.blocks[0])
         self.outputs = [ids.new_zeros((self.rows, s.transformer.stage.d_model), dtype=torch.float32) for s in stages]
-        made = [self._stage(stage, *parts) for stage, *parts in zip(stages, caches, angles, self.outputs, strict=True)]
+        made = [self._stage(stage, caches[i], angles[i], self.outputs[i]) for i, stage in enumerate(stages)]
         widest = max(s.transformer.stage.d_model + max(3 * s.transformer.stage.d_model, self._up(s)) for s in stages)
-        room = max(s.room for s in made)
+        room = max(model.vocab_size, *(s.room for s in made))
         self.model = _Model(
             rows=self.rows,
             stages=len(stages),
@@ -162,8 +165,22 @@ class Native:
     def step(self, n: int) -> Tensor:
         """Bring all stages from byte n - 1 to byte n, whose logits (b, v) come back."""
         logits = torch.empty((self.rows, self.vocab_size))
-        self.next_byte(self.model, n, logits.data_ptr())
+        self.library.next_byte(self.model, n, logits.data_ptr())
         return logits
+
+    def run(self, n: int, logits: Tensor, points: Tensor, possible: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Choose the bytes from n on at points, float64 (b, m), the first by logits (b, v), and bring all stages there.
+
+        Returns the bytes (b, m) and the logits of the byte after them. Only the first `possible` bytes come.
+        """
+        logits = logits.contiguous().clone()
+        made = torch.empty(points.shape, dtype=torch.int64)
+        assert points.stride(1) == 1
+        self.library.run(
+            *(self.model, n, points.shape[1], possible, temperature),
+            *(points.data_ptr(), points.stride(0), logits.data_ptr(), made.data_ptr()),
+        )
+        return made, logits
 
     def take(self, outputs: list[Tensor | None]) -> None:
         """Go on from where torch has brought the stages: their outputs, and what caches keep for token shift."""
