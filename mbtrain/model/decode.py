@@ -169,7 +169,7 @@ class Decoder:
         if self.native is not None:
             if self.parents[0] >= 0 and ids.shape[1] == 1:
                 return self.native.step(self.n)
-            self._recall(before)
+            self._recall(self.native.outputs, before)
             output = self._advance_all()
             self.native.take(self.outputs)
             return self.model.logits(output)
@@ -194,10 +194,11 @@ class Decoder:
         self.n += m
         return made, logits
 
-    def _recall(self, n: int) -> None:
-        """Note where the stages are, which native steps have brought to byte n."""
+    def _recall(self, outputs: list[Tensor], n: int) -> None:
+        """Note where the stages are, which native steps have brought to byte n, and what they gave."""
         for s, (stage, caches) in enumerate(zip(self.stages, self.caches, strict=True)):
             if self.parents[s] >= 0:
+                self.outputs[s] = outputs[s]
                 self.parents[s] = n // self._span(stage) * self._span(stage)
                 for cache in caches:
                     cache.used = (n - self.parents[s]) // stage.patch_size + 1

@@ -289,14 +289,14 @@ static int64_t choose(const float *logits, int64_t possible, float temperature, 
     return at;
 }
 
-/* Choose `steps` bytes from byte n on, made (b, steps), by points (b, points_stride); logits (b, v) are those of byte n,
+/* Choose `steps` bytes from byte n on, made (b, steps), by points (b, steps); logits (b, v) are those of byte n,
    and at the end those of byte n + steps, which the row must have room for. */
 void run(const Model *m, int64_t n, int64_t steps, int64_t possible, float temperature, const double *points,
-         int64_t points_stride, float *logits, int64_t *made)
+         float *logits, int64_t *made)
 {
     for (int64_t t = 0; t < steps; t++, n++) {
         for (int64_t r = 0; r < m->rows; r++) {
-            double uniform = points[r * points_stride + t];
+            double uniform = points[r * steps + t];
             made[r * steps + t] = choose(logits + r * m->vocab, possible, temperature, uniform, m->scratch);
             m->ids[r * m->seq_len + n] = made[r * steps + t];
         }

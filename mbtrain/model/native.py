@@ -10,11 +10,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +36,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 # Sums are reordered where the source says so, and nowhere else.
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 PANEL = 64
+ROWS_A_THREAD = 6  # at least: below that, reading the weights is what takes the time
 ACTIVATIONS = ("relu", "relu2", "gelu", "silu", "swiglu")
 
 
@@ -78,7 +82,7 @@ def library() -> ctypes.CDLL | None:
     loaded.next_byte.argtypes = [POINTER(_Model), c_int64, c_void_p]
     loaded.run.argtypes = [
         *(POINTER(_Model), c_int64, c_int64, c_int64, c_float),
-        *(c_void_p, c_int64, c_void_p, c_void_p),
+        *(c_void_p, c_void_p, c_void_p),
     ]
     loaded.next_byte.restype = loaded.run.restype = None
     return loaded
@@ -118,14 +122,11 @@ def covers(model: Megabyte) -> bool:
     return plain and own and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A matrix (out, k) in panels of 64 outputs, (out / 64, k, 64), filled up with zeros."""
-    filled = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % PANEL))
-    return rearrange(filled, "(n w) k -> n k w", w=PANEL).contiguous()
-
-
 class Native:
-    """A decoder's model, caches and row of bytes as native.c takes them; it holds what it points to."""
+    """A decoder's model, caches and row of bytes as native.c takes them; it holds what it points to.
+
+    Large batches are shared by torch's number of threads. A row's bits do not depend on the rows beside it.
+    """
 
     def __init__(
         self,
@@ -136,36 +137,27 @@ class Native:
         caches: list[list[LayerCache]],
         angles: list[tuple[Tensor, Tensor] | None],
     ):
-        self.kept: list[Any] = [ids]
+        self.library, self.vocab_size = library, model.vocab_size
+        self.kept: list[Tensor] = []
+        self.packs: dict[int, Tensor] = {}
         self.lasts = [(cache, cache.attn_last, cache.ffn_last) for layers in caches for cache in layers]
-        self.library, self.rows = library, ids.shape[0]
-        self.vocab_size = model.vocab_size
-        block, first = model.config.block, cast("Any", stages[0].transformer.blocks[0])
-        self.outputs = [ids.new_zeros((self.rows, s.transformer.stage.d_model), dtype=torch.float32) for s in stages]
-        made = [self._stage(stage, caches[i], angles[i], self.outputs[i]) for i, stage in enumerate(stages)]
-        widest = max(s.transformer.stage.d_model + max(3 * s.transformer.stage.d_model, self._up(s)) for s in stages)
-        room = max(model.vocab_size, *(s.room for s in made))
-        self.model = _Model(
-            rows=self.rows,
-            stages=len(stages),
-            seq_len=model.seq_len,
-            vocab=model.vocab_size,
-            rms=block.norm == "rmsnorm",
-            qk_norm=block.qk_norm,
-            token_shift=block.token_shift,
-            activation=ACTIVATIONS.index(first.ffn.activation),
-            final_norm=model.config.final_norm,
-            unembedding=self._at(packed(model.unembedding)),
-            ids=self._at(ids),
-            scratch=self._at(torch.zeros(self.rows * widest + room)),
-            stage=(_Stage * len(made))(*made),
-            logit_multiplier=model.logit_multiplier,
-        )
+        self.outputs = [
+            torch.zeros((len(ids), stage.transformer.stage.d_model), dtype=torch.float32) for stage in stages
+        ]
+        count = max(1, min(torch.get_num_threads(), len(ids) // ROWS_A_THREAD))
+        bounds = [len(ids) * i // count for i in range(count + 1)]
+        self.parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        widest = max(_widest(stage) for stage in stages)
+        self.models = []
+        for part in self.parts:
+            own = [self._stage(stage, part, caches[i], angles[i], self.outputs[i]) for i, stage in enumerate(stages)]
+            self.models.append(self._model(model, ids[part], own, widest))
+        self.pool = ThreadPoolExecutor(count) if count > 1 else None
 
     def step(self, n: int) -> Tensor:
         """Bring all stages from byte n - 1 to byte n, whose logits (b, v) come back."""
-        logits = torch.empty((self.rows, self.vocab_size))
-        self.library.next_byte(self.model, n, logits.data_ptr())
+        logits = torch.empty((len(self.outputs[0]), self.vocab_size))
+        self._each(lambda model, part: self.library.next_byte(model, n, logits[part].data_ptr()))
         return logits
 
     def run(self, n: int, logits: Tensor, points: Tensor, possible: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -173,14 +165,21 @@ class Native:
 
         Returns the bytes (b, m) and the logits of the byte after them. Only the first `possible` bytes come.
         """
-        logits = logits.contiguous().clone()
-        made = torch.empty(points.shape, dtype=torch.int64)
-        assert points.stride(1) == 1
-        self.library.run(
-            *(self.model, n, points.shape[1], possible, temperature),
-            *(points.data_ptr(), points.stride(0), logits.data_ptr(), made.data_ptr()),
-        )
+        logits, points, m = logits.contiguous().clone(), points.contiguous(), points.shape[1]
+        made = torch.empty((len(points), m), dtype=torch.int64)
+
+        def run(model: _Model, part: slice) -> None:
+            places = (each[part].data_ptr() for each in (points, logits, made))
+            self.library.run(model, n, m, possible, temperature, *places)
+
+        self._each(run)
         return made, logits
+
+    def _each(self, call: Callable[[_Model, slice], None]) -> None:
+        if self.pool is None:
+            call(self.models[0], self.parts[0])
+        else:
+            list(self.pool.map(call, self.models, self.parts))
 
     def take(self, outputs: list[Tensor | None]) -> None:
         """Go on from where torch has brought the stages: their outputs, and what caches keep for token shift."""
@@ -191,13 +190,38 @@ class Native:
             cache.attn_last = attn_last.copy_(cache.attn_last)
             cache.ffn_last = ffn_last.copy_(cache.ffn_last)
 
+    def _model(self, model: Megabyte, ids: Tensor, stages: list[_Stage], widest: int) -> _Model:
+        block = model.config.block
+        room = max(model.vocab_size, *(stage.room for stage in stages))
+        return _Model(
+            rows=len(ids),
+            stages=len(stages),
+            seq_len=model.seq_len,
+            vocab=model.vocab_size,
+            rms=block.norm == "rmsnorm",
+            qk_norm=block.qk_norm,
+            token_shift=block.token_shift,
+            activation=ACTIVATIONS.index(block.activation),
+            final_norm=model.config.final_norm,
+            unembedding=self._packed(model.unembedding),
+            ids=self._at(ids),
+            scratch=self._at(torch.zeros(len(ids) * widest + room)),
+            stage=(_Stage * len(stages))(*stages),
+            logit_multiplier=model.logit_multiplier,
+        )
+
     def _stage(
-        self, stage: Stage, caches: list[LayerCache], angles: tuple[Tensor, Tensor] | None, output: Tensor
+        self,
+        stage: Stage,
+        part: slice,
+        caches: list[LayerCache],
+        angles: tuple[Tensor, Tensor] | None,
+        output: Tensor,
     ) -> _Stage:
-        own = stage.transformer.stage
-        blocks = [cast(Block, block) for block in stage.transformer.blocks]
-        project, norm = stage.project, stage.transformer.final_norm
-        layers = [self._layer(block, cache) for block, cache in zip(blocks, caches, strict=True)]
+        own, blocks = stage.transformer.stage, [cast(Block, block) for block in stage.transformer.blocks]
+        cos, sin = angles or (None, None)
+        norm = stage.transformer.final_norm
+        layers = [self._layer(block, part, cache) for block, cache in zip(blocks, caches, strict=True)]
         return _Stage(
             coarsest=stage.coarsest,
             patch_size=stage.patch_size,
@@ -209,38 +233,49 @@ class Native:
             f=own.ff_width,
             room=caches[0].keys.shape[2],
             window=own.window or 0,
-            slice=0 if project is None else project.shape[1],
+            slice=0 if stage.project is None else stage.project.shape[1],
             embed=self._at(stage.embed),
             pad=self._at(stage.pad),
             positions=self._at(stage.positions),
-            project=self._at(None if project is None else packed(project)),
-            cos=self._at(None if angles is None else angles[0]),
-            sin=self._at(None if angles is None else angles[1]),
+            project=self._packed(stage.project),
+            cos=self._at(cos),
+            sin=self._at(sin),
             final_gain=self._at(None if norm is None else norm.gain),
             final_bias=self._at(None if norm is None else norm.bias),
-            output=self._at(output),
+            output=self._at(output[part]),
             layer=(_Layer * len(layers))(*layers),
             query_multiplier=blocks[0].attn.query_multiplier,
             branch_multiplier=blocks[0].branch_multiplier,
         )
 
-    def _layer(self, block: Block, cache: LayerCache) -> _Layer:
+    def _layer(self, block: Block, part: slice, cache: LayerCache) -> _Layer:
         matrices = {"qkv": block.attn.qkv, "out": block.attn.out, "up": block.ffn.up, "down": block.ffn.down}
-        norms = {"attn": block.attn_norm, "ffn": block.ffn_norm}
-        parts: dict[str, Tensor | None] = {name: packed(each.weight) for name, each in matrices.items()}
-        parts |= {f"{name}_bias": each.bias for name, each in matrices.items()}
-        parts |= {f"{name}_gain": each.gain for name, each in norms.items()}
-        parts |= {f"{name}_bias": each.bias for name, each in norms.items()}
-        parts |= {name: getattr(cache, name) for name in ("keys", "values", "attn_last", "ffn_last")}
-        return _Layer(**{name: self._at(each) for name, each in parts.items()})
+        vectors = {f"{name}_bias": each.bias for name, each in matrices.items()}
+        for name, norm in (("attn", block.attn_norm), ("ffn", block.ffn_norm)):
+            vectors |= {f"{name}_gain": norm.gain, f"{name}_bias": norm.bias}
+        return _Layer(
+            **{name: self._packed(each.weight) for name, each in matrices.items()},
+            **{name: self._at(each) for name, each in vectors.items()},
+            **{name: self._at(getattr(cache, name)[part]) for name in ("keys", "values", "attn_last", "ffn_last")},
+        )
+
+    def _packed(self, weight: Tensor | None) -> int | None:
+        """Where a matrix (out, k) lies in panels of 64 outputs, (out / 64, k, 64), filled up with zeros."""
+        if weight is None:
+            return None
+        if id(weight) not in self.packs:
+            filled = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % PANEL))
+            self.packs[id(weight)] = rearrange(filled, "(n w) k -> n k w", w=PANEL).contiguous()
+        return self.packs[id(weight)].data_ptr()
 
     def _at(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        tensor = tensor.detach().contiguous()
-        self.kept.append(tensor)
-        return tensor.data_ptr()
+        self.kept.append(tensor.detach().contiguous())
+        return self.kept[-1].data_ptr()
 
-    @staticmethod
-    def _up(stage: Stage) -> int:
-        return cast(Block, stage.transformer.blocks[0]).ffn.up.weight.shape[0]
+
+def _widest(stage: Stage) -> int:
+    """Features of one row that a block of this stage needs for a moment."""
+    block = cast(Block, stage.transformer.blocks[0])
+    return stage.transformer.stage.d_model + max(len(block.attn.qkv.weight), len(block.ffn.up.weight))
