@@ -168,6 +168,8 @@ class Decoder:
         before, self.n = self.n, self.n + ids.shape[1]
         if self.native is not None:
             if self.parents[0] >= 0 and ids.shape[1] == 1:
+                if not 0 <= int(ids.min()) <= int(ids.max()) < self.model.vocab_size:
+                    raise IndexError(f"ids: got {ids.flatten().tolist()}, expected 0 to {self.model.vocab_size - 1}")
                 return self.native.step(self.n)
             self._recall(self.native.outputs, before)
             output = self._advance_all()

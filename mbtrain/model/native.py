@@ -76,7 +76,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("MBTRAIN_NATIVE") == "0":
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
+        loaded = ctypes.CDLL(str(built(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
     loaded.next_byte.argtypes = [POINTER(_Model), c_int64, c_void_p]
@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _built(compiler: str) -> Path:
+def built(compiler: str) -> Path:
     """The library's path, which is whole once it exists. Raises OSError, SubprocessError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     key = hashlib.sha256(SOURCE.read_bytes() + repr(FLAGS).encode() + version + _processor().encode()).hexdigest()
