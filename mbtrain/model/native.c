@@ -13,11 +13,26 @@
 #include <string.h>
 
 #define PANEL 64
-#define VECTORS 4
-#define TILE 6 /* rows at a time: 6 x 4 sums, 4 vectors of weights and one input fit AVX512's 32 registers */
 #define EPS 1e-5f
 
-typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
+/* A product holds TILE rows of VECTORS sums in registers, of which there are 32 or 16. Vectors wider than the machine's
+   would go through memory: 20 times slower. */
+#define VECTORS 4
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TILE 6
+#else
+#define TILE 3
+#endif
+#define STRIP (VECTORS * LANES)
+
+typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
 typedef struct {
     const float *attn_gain, *attn_bias, *ffn_gain, *ffn_bias; /* null where there are none */
@@ -27,7 +42,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t coarsest, patch_size, slots, layers, d, d_byte, heads, f, room, window; /* slots 0: no end; window 0: none */
+    int64_t coarsest, patch_size, slots, layers, d, d_byte, heads, f, room, window; /* slots 0: no end; window 0: all */
     int64_t slice; /* features that one position gets of the coarser stage's output; 0: nothing */
     const float *embed, *pad, *positions, *project, *cos, *sin, *final_gain, *final_bias;
     float *output; /* (b, d) of the present position */
@@ -63,29 +78,31 @@ static inline float exponential(float x)
     return x < -87.0f ? 0.0f : p * power.value;
 }
 
-/* out (rows, 64) = x (rows, k) panel (k, 64) + bias, of which `width` columns are written; or out += multiplier (..). */
+/* Of out (rows, 64) = x (rows, k) panel (k, 64) + bias the first `width` columns; or out += multiplier (..). */
 static inline __attribute__((always_inline)) void panel_product(
     const int rows, float *out, int64_t out_stride, const float *x, int64_t x_stride, const float *panel, int64_t k,
     const float *bias, int add, float multiplier, int64_t width)
 {
-    vector sum[TILE][VECTORS];
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < VECTORS; i++) sum[r][i] = (vector){0};
-    for (int64_t at = 0; at < k; at++) {
-        const vector *weights = (const vector *)(panel + at * PANEL);
+    for (int64_t from = 0; from < width; from += STRIP) {
+        vector sum[TILE][VECTORS];
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < VECTORS; i++) sum[r][i] += x[r * x_stride + at] * weights[i];
-    }
-    for (int r = 0; r < rows; r++) {
-        float done[PANEL];
-        memcpy(done, sum[r], sizeof done);
-        float *to = out + r * out_stride;
-        if (bias)
-            for (int64_t i = 0; i < width; i++) done[i] += bias[i];
-        if (add)
-            for (int64_t i = 0; i < width; i++) to[i] += multiplier * done[i];
-        else
-            memcpy(to, done, width * sizeof(float));
+            for (int i = 0; i < VECTORS; i++) sum[r][i] = (vector){0};
+        for (int64_t at = 0; at < k; at++) {
+            const vector *weights = (const vector *)(panel + at * PANEL + from);
+            for (int r = 0; r < rows; r++)
+                for (int i = 0; i < VECTORS; i++) sum[r][i] += x[r * x_stride + at] * weights[i];
+        }
+        int64_t count = width - from < STRIP ? width - from : STRIP;
+        for (int r = 0; r < rows; r++) {
+            float done[STRIP], *to = out + r * out_stride + from;
+            memcpy(done, sum[r], sizeof done);
+            if (bias)
+                for (int64_t i = 0; i < count; i++) done[i] += bias[from + i];
+            if (add)
+                for (int64_t i = 0; i < count; i++) to[i] += multiplier * done[i];
+            else
+                memcpy(to, done, count * sizeof(float));
+        }
     }
 }
 
@@ -104,7 +121,10 @@ static void linear(float *out, int64_t n, const float *x, int64_t x_stride, int6
                       bias ? bias + first : 0, add, multiplier, width);                                        \
         break;
             switch (height) {
-                PRODUCT(1) PRODUCT(2) PRODUCT(3) PRODUCT(4) PRODUCT(5) PRODUCT(6)
+                PRODUCT(1) PRODUCT(2) PRODUCT(3)
+#if TILE > 3
+                PRODUCT(4) PRODUCT(5) PRODUCT(6)
+#endif
             }
         }
     }
@@ -230,7 +250,7 @@ static void block(const Model *m, const Stage *s, const Layer *l, float *x, int6
     linear(x, d, wide, up, s->f, l->down, l->down_bias, b, 1, s->branch_multiplier);
 }
 
-/* One stage's position j, whose patch of bytes before it ends at byte n, from the coarser stage's output (b, coarse_d). */
+/* One stage's position j, the patch before which ends at byte n, from the coarser stage's output (b, coarse_d). */
 static void advance(const Model *m, const Stage *s, int64_t j, int64_t n, const float *coarse, int64_t coarse_d)
 {
     const int64_t d = s->d;
@@ -242,7 +262,8 @@ static void advance(const Model *m, const Stage *s, int64_t j, int64_t n, const 
             memset(x, 0, d * sizeof(float));
             for (int64_t p = 0; p < s->patch_size; p++) {
                 int64_t at = n - s->patch_size + p;
-                memcpy(x + p * s->d_byte, s->embed + m->ids[r * m->seq_len + at] * s->d_byte, s->d_byte * sizeof(float));
+                const float *byte = s->embed + m->ids[r * m->seq_len + at] * s->d_byte;
+                memcpy(x + p * s->d_byte, byte, s->d_byte * sizeof(float));
                 if (s->coarsest && s->positions)
                     for (int64_t i = 0; i < s->d_byte; i++) x[p * s->d_byte + i] += s->positions[at * s->d_byte + i];
             }
