@@ -5,8 +5,9 @@
          -> each byte coded as the model distributes it -> words of 32 bits
 
 What is decoded must be predicted from bit for bit the same floats as when it was coded. So both ways are the same lines
-(`_code`): the same calls of the decoder, in fp32 on the CPU, with the same number of rows and threads, which the file
-says (mbz.py). Rows that are missing in the last batch, and rows that are over, go on with zeros that nobody codes.
+(`_code`): the same calls of the decoder, through torch alone, in fp32 on the CPU, with the same number of rows and
+threads, which the file says (mbz.py). Rows that are missing in the last batch, and rows that are over, go on with zeros
+that nobody codes.
 Another processor or version of torch may round otherwise: what comes out is compared with the original's hash.
 
 The coder (constriction's RangeEncoder) knows probabilities as multiples of 2**-24 and gives each symbol one of them at
@@ -313,7 +314,7 @@ def _code(loaded: Loaded, ids: np.ndarray, lengths: np.ndarray, coder: Coder, pr
     Of the first rows so many bytes as `lengths` says are read, or filled in. Rows whose turn is over, and those without
     a length, keep their zeros.
     """
-    decoder = loaded.model.decoder(len(ids))
+    decoder = loaded.model.decoder(len(ids), compiled=False)
     fed = torch.zeros((len(ids), 0), dtype=torch.int64)
     bits = 0.0
     for t in range(int(lengths.max())):

@@ -18,9 +18,11 @@ from torch import Tensor
 from mbtrain import checkpoint, render, vocab
 from mbtrain.evaluate import load_model
 from mbtrain.model import Model
-from mbtrain.model.decode import kept_bytes
+from mbtrain.model.decode import Decoder, kept_bytes
 from mbtrain.model.subword import Subword
 from mbtrain.request import Asked, Plan, chosen, plan, read_prompt
+
+_RUN_BYTES = 64  # that are made without Python, before it is seen whether rows have ended
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,15 @@ def generate(
     row, patch = model.seq_len, model.patch_size
     # A prompt that fills a row is cut to what the decoder would keep of it, whatever stands beside it in the batch.
     given = [ids if len(ids) < row else ids[len(ids) - kept_bytes(row, patch) :] for ids in given]
-    shortest, longest = min(map(len, given)), max(map(len, given))
-    uniforms = _uniforms(how, len(given), n_bytes, device)
-    forced = torch.full((len(given), longest - shortest + 1), -1, dtype=torch.int64)
+    shortest = min(map(len, given))
+    offsets = [len(ids) - shortest for ids in given]  # steps in which a row takes bytes of its prompt
+    steps = max(offsets) + n_bytes
+    forced = torch.full((len(given), max(offsets)), -1, dtype=torch.int64)
     for i, ids in enumerate(given):
-        forced[i, : len(ids) - shortest] = torch.tensor(ids[shortest:], dtype=torch.int64)
+        forced[i, : offsets[i]] = torch.tensor(ids[shortest:], dtype=torch.int64)
     forced = forced.to(device)
+    point = torch.arange(steps) - torch.tensor(offsets).unsqueeze(1)
+    points = _uniforms(how, len(given), n_bytes, device).gather(1, point.clamp(0, n_bytes - 1).to(device))
 
     was_training = model.training
     model.eval()
@@ -114,26 +119,30 @@ def generate(
     logits = decoder.feed(
         torch.tensor([ids[:shortest] for ids in given], dtype=torch.int64, device=device).view(len(given), -1)
     )
-    ragged = longest > shortest
     possible = model.vocab_size if ends else vocab.NUM_BYTES
-    for step in range(longest - shortest + n_bytes):
-        logits = logits[:, :possible]
-        if ragged:
-            made = torch.tensor([[min(len(row), n_bytes - 1)] for row in out], device=device)
-            chosen = choose(logits, uniforms.gather(1, made), how)
-            if step < forced.shape[1]:
-                chosen = torch.where(forced[:, step] >= 0, forced[:, step], chosen)
+    step = 0
+    while True:
+        made = None
+        if step >= forced.shape[1] and isinstance(decoder, Decoder) and how.top_k is None and how.top_p is None:
+            made = decoder.run(logits, points[:, step : step + _RUN_BYTES], possible, how.temperature)
+        if made is not None:
+            chosen, logits = made
         else:
-            chosen = choose(logits, uniforms[:, step : step + 1], how)
-        for i, byte in enumerate(chosen.tolist()):
-            if step < len(given[i]) - shortest or ended[i] or len(out[i]) == n_bytes:
-                continue
-            ended[i] = byte == vocab.BOUNDARY
-            if not ended[i]:
+            chosen = choose(logits[:, :possible], points[:, step : step + 1], how).unsqueeze(1)
+            if step < forced.shape[1]:
+                own = forced[:, step : step + 1]
+                chosen = torch.where(own >= 0, own, chosen)
+        for i, row in enumerate(chosen.tolist()):
+            for byte in row[max(offsets[i] - step, 0) :]:
+                ended[i] = ended[i] or byte == vocab.BOUNDARY
+                if ended[i] or len(out[i]) == n_bytes:
+                    break
                 out[i].append(byte)
+        step += chosen.shape[1]
         if all(end or len(row) == n_bytes for end, row in zip(ended, out, strict=True)):
             break
-        logits = decoder.feed(chosen.unsqueeze(1))
+        if made is None:
+            logits = decoder.feed(chosen)
     model.train(was_training)
     return [bytes(row) for row in out]
 

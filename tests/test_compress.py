@@ -139,7 +139,7 @@ def repeating(certainty: float) -> Loaded:
     class Again(torch.nn.Module):
         seq_len, vocab_size = SEQ_LEN, 257
 
-        def decoder(self, batch: int) -> Any:
+        def decoder(self, batch: int, compiled: bool = True) -> Any:
             class Decoder:
                 def feed(self, ids: torch.Tensor) -> torch.Tensor:
                     logits = torch.zeros(batch, 257)

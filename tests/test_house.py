@@ -112,6 +112,7 @@ STOREYS = [
     {"mbtrain.model.sequence", "mbtrain.model.flops", "mbtrain.model.loss", "mbtrain.model.patching"},
     {"mbtrain.model.mup"},
     {"mbtrain.model.layers"},
+    {"mbtrain.model.native"},
     {
         "mbtrain.model.megabyte",
         "mbtrain.model.perceiver",

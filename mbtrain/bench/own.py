@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from mbtrain.bench.peer import Handlers, clock, rows_at, serve
 from mbtrain.config import Config
 from mbtrain.data.order import mix_numbers
 from mbtrain.errors import ConfigError
-from mbtrain.model import Model, build
+from mbtrain.model import Model, build, native
 from mbtrain.model.loss import nats
 from mbtrain.schedule import lr_factor
 
@@ -180,9 +181,14 @@ def _generating(model: Model) -> Handlers:
     def generate(rows: int, n_bytes: int) -> dict[str, Any]:
         """Rows of n_bytes from nothing."""
         made = sample.generate(model, [b""] * rows, n_bytes, sample.Sampling())
-        return {"bytes": sum(map(len, made))}
+        return {"bytes": sum(map(len, made)), "compiled": native.library() is not None}
 
-    return {"generate": generate}
+    def first_byte(prompt_bytes: int) -> dict[str, Any]:
+        """One byte after a prompt."""
+        prompt = np.random.Generator(np.random.Philox(key=prompt_bytes)).bytes(prompt_bytes)
+        return {"bytes": len(sample.generate(model, [prompt], 1, sample.Sampling())[0])}
+
+    return {"generate": generate, "first_byte": first_byte}
 
 
 def main(argv: list[str]) -> None:

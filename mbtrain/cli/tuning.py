@@ -240,7 +240,9 @@ def bench(*what: str, json: str = "", **options: str) -> None:
 
       train      training bytes/s, same shape, batch and data, interleaved, medians
       quality    bits per byte after equal minutes, the peer by its own script's recipe
-      generate   bytes/s of one sequence of 1,024 bytes
+      generate   bytes/s of one sequence of 1,024 bytes and of a batch, interleaved, medians
+                 --batch=N --prompt-bytes=N  rows of the batch (32); also the time to the first byte after such a prompt
+                 --peer-bytes=N              forward passes at N lengths in place of the peer's whole minute
       deepspeed  a step under DeepSpeed ZeRO-1 against the same step in a bare torch loop
       saving     what checkpoints cost a training that goes on while they are written
       sequence   memory and time of one long row, forward and backward, on 1, 2 and 4 ranks that share it

@@ -5,7 +5,8 @@ A model is an nn.Module with
     forward(ids (b, t) int64) -> logits (b, t, v)     logits[:, i] predict ids[:, i] from ids[:, :i] alone; or nats
                                              (b, t) of a model whose targets are not bytes (subword). loss.nats
                                              takes either
-    decoder(batch)                           cached generation: .feed(ids (b, m)) -> logits (b, v) of the next byte
+    decoder(batch, compiled=True)            cached generation: .feed(ids (b, m)) -> logits (b, v) of the next byte;
+                                             compiled=False: rounded as torch does everywhere
     vocab_size, seq_len, patch_size, config
     unit_bytes(ids)                          mean bytes of one position of the coarsest stage, where the content of
                                              the rows decides it (space patches, subwords); None elsewhere

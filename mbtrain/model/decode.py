@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbtrain.model import native
 from mbtrain.model.layers import (
     NORM_EPS,
     Block,
@@ -128,9 +129,10 @@ class Decoder:
     """Incremental logits of a batch of rows of equal length, equal to the full forward pass on the same bytes.
 
     When a row reaches the model's seq_len, the decoder goes on from its last seq_len / 2 bytes as a new row.
+    compiled: single bytes go through native.c where it covers the model; else all through torch.
     """
 
-    def __init__(self, model: Megabyte, batch: int):
+    def __init__(self, model: Megabyte, batch: int, compiled: bool = True):
         self.model = model
         without_local = model.config.without == "local"
         self.slices = cast("Slices", model.stages[-1]) if without_local else None
@@ -151,6 +153,10 @@ class Decoder:
         ]
         self.outputs: list[Tensor | None] = [None] * len(self.stages)
         self.parents = [-1] * len(self.stages)
+        library = native.library() if compiled and native.covers(model) else None
+        self.native = (
+            native.Native(library, model, self.ids, self.stages, self.caches, self.angles) if library else None
+        )
 
     @torch.inference_mode()
     def feed(self, ids: Tensor) -> Tensor:
@@ -160,6 +166,15 @@ class Decoder:
             self._forget()
         self.ids[:, self.n : self.n + ids.shape[1]] = ids
         before, self.n = self.n, self.n + ids.shape[1]
+        if self.native is not None:
+            if self.parents[0] >= 0 and ids.shape[1] == 1:
+                if not 0 <= int(ids.min()) <= int(ids.max()) < self.model.vocab_size:
+                    raise IndexError(f"ids: got {ids.flatten().tolist()}, expected 0 to {self.model.vocab_size - 1}")
+                return self.native.step(self.n)
+            self._recall(self.native.outputs, before)
+            output = self._advance_all()
+            self.native.take(self.outputs)
+            return self.model.logits(output)
         if self.cross_patch:
             end = self.n
             for stop in self._whole_patches(before, end):
@@ -167,6 +182,32 @@ class Decoder:
                 self._advance_all()
             self.n = end
         return self.model.logits(self._advance_all())
+
+    @torch.inference_mode()
+    def run(self, logits: Tensor, points: Tensor, possible: int, temperature: float) -> tuple[Tensor, Tensor] | None:
+        """Choose and take bytes by themselves, without Python, as Native.run does: as many as the row has room for.
+
+        None where there is no such way, or no room.
+        """
+        m = min(points.shape[1], self.model.seq_len - 1 - self.n)
+        if self.native is None or m <= 0:
+            return None
+        made, logits = self.native.run(self.n, logits, points[:, :m], possible, temperature)
+        self.n += m
+        return made, logits
+
+    def _recall(self, outputs: list[Tensor], n: int) -> None:
+        """Note where the stages are, which native steps have brought to byte n, and what they gave."""
+        for s, (stage, caches) in enumerate(zip(self.stages, self.caches, strict=True)):
+            if self.parents[s] >= 0:
+                self.outputs[s] = outputs[s]
+                self.parents[s] = n // self._span(stage) * self._span(stage)
+                for cache in caches:
+                    cache.used = (n - self.parents[s]) // stage.patch_size + 1
+
+    def _span(self, stage: Stage) -> int:
+        """Bytes of one position of the coarser stage."""
+        return stage.slots * stage.patch_size or self.model.seq_len + 1
 
     def _whole_patches(self, before: int, end: int) -> Iterator[int]:
         """Where the last stage must have been, on the way from byte `before` to `end`: the last bytes of patches."""
@@ -188,9 +229,8 @@ class Decoder:
 
     def _advance(self, s: int, stage: Stage, parent: Tensor | None) -> Tensor:
         """Bring one stage to the position that predicts byte n; returns its output there, (b, d)."""
-        span = stage.slots * stage.patch_size or self.model.seq_len + 1
+        span, caches = self._span(stage), self.caches[s]
         start = self.n // span * span  # first byte inside the coarser stage's current position
-        caches = self.caches[s]
         if start != self.parents[s]:
             r = stage.transformer.cross_patch
             whole = r > 0 and self.parents[s] >= 0 and start == self.parents[s] + span and caches[0].done == stage.slots
@@ -210,7 +250,9 @@ class Decoder:
                 x = stage.condition_slots(x, parent, done)
             one = need == done + 1
             self.outputs[s] = (
-                self._one_more(s, stage, x[:, 0], starts) if one else stage.transformer(x, caches, starts)[:, -1]
+                self._one_more(s, stage, x[:, 0], starts)
+                if one
+                else stage.transformer(x, caches, starts, last_alone=True)[:, -1]
             )
         output = self.outputs[s]
         assert output is not None

@@ -294,9 +294,9 @@ class Megabyte(nn.Module):
         assert weight is not None
         return weight
 
-    def decoder(self, batch: int) -> Decoder:
-        """Cached generation of `batch` rows of equal length."""
-        return Decoder(self, batch)
+    def decoder(self, batch: int, compiled: bool = True) -> Decoder:
+        """Cached generation of `batch` rows of equal length; compiled=False: by torch alone."""
+        return Decoder(self, batch, compiled)
 
     def unit_bytes(self, ids: Tensor) -> float | None:
         """None: a position of the coarsest stage has so many bytes whatever they are."""

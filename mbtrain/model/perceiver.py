@@ -194,8 +194,8 @@ class PerceiverAR(nn.Module):
         """The matrix of logits, (v, d)."""
         return self.embed if self.readout is None else self.readout
 
-    def decoder(self, batch: int) -> Decoder:
-        """Cached generation for so many rows."""
+    def decoder(self, batch: int, compiled: bool = True) -> Decoder:
+        """Cached generation for so many rows, by torch."""
         return Decoder(self, batch)
 
     def unit_bytes(self, ids: Tensor) -> None:

@@ -94,8 +94,8 @@ class SpaceMegabyte(Megabyte):
         """Mean bytes of one position of the coarse stage in these rows, ids (b, t), numpy or torch, t >= 1."""
         return mean_patch_bytes(ids, self.patch_size)
 
-    def decoder(self, batch: int) -> SpaceDecoder:  # type: ignore[override]
-        """Cached generation of `batch` rows of equal length, each with patches of its own."""
+    def decoder(self, batch: int, compiled: bool = True) -> SpaceDecoder:  # type: ignore[override]
+        """Cached generation of `batch` rows of equal length, each with patches of its own, by torch."""
         return SpaceDecoder(self, batch)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Subword(nn.Module):
         """Raises ValueError: tokens end where they end, so ranks cannot share a row."""
         raise ValueError("sequence parallelism: model.kind=subword has no equal parts of a row")
 
-    def decoder(self, batch: int) -> NoReturn:
+    def decoder(self, batch: int, compiled: bool = True) -> NoReturn:
         """Raises ConfigError: tokens are predicted here, not the next byte."""
         raise ConfigError("model.kind: got subword, expected another kind: it has no distribution of the next byte")
 

@@ -179,10 +179,11 @@ def test_quality_scores_every_byte_of_the_first_windows(tmp_path: Path, shards: 
 def test_generate_and_deepspeed_give_their_keys(tmp_path: Path, shards: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     path = str(tiny_file(tmp_path, shards))
-    figures = VERBS["generate"](config=path, bytes="16", rounds="1")
+    figures = VERBS["generate"](config=path, bytes="16", rounds="1", batch="3", prompt_bytes="100")
     assert figures["bytes_per_s"] > 0
-    assert figures["batch_bytes_per_s"] > 0
+    assert figures["batch_gain"] == figures["batch_bytes_per_s"] / figures["bytes_per_s"]
     assert figures["ratio"] is None
+    assert 0 < figures["first_byte_s"] < 60
     figures = VERBS["deepspeed"](config=path, rounds="1", precisions="fp32")
     assert set(figures["by_precision"]) == {"fp32"}
     step = figures["engine_step_s"] / figures["bare_step_s"] - 1
