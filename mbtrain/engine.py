@@ -33,6 +33,7 @@ from mbtrain.errors import PeersError
 from mbtrain.model import Model
 from mbtrain.model.layers import Transformer, attend, role_of, rule_of
 from mbtrain.model.sequence import Part, by_head, by_position
+from mbtrain.model.sparing import spare
 from mbtrain.schedule import ema_decay
 
 UNDECAYED = ("embedding", "tied", "position", "pad", "gain", "bias")
@@ -249,10 +250,10 @@ class Engine:
         self._shapes = {name: list(param.shape) for name, param in model.named_parameters()}
         # What is kept of each parameter, by name: it is the group's.
         self.kinds = {self.names[id(p)]: optimizer.kinds(group) for group in groups for p in group["params"]}
-        for module in model.modules():
-            if isinstance(module, Transformer):
-                module.checkpointing = config.train.activation_checkpointing
-                if config.train.compile:
+        spare(model, config)
+        if config.train.compile:
+            for module in model.modules():
+                if isinstance(module, Transformer):
                     for block in module.blocks:
                         block.compile()
         model.to(ranks.device)

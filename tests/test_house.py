@@ -123,6 +123,7 @@ STOREYS = [
         "mbtrain.checkpoint",
         "mbtrain.hardware",
     },
+    {"mbtrain.model.sparing"},
     {"mbtrain.optim", "mbtrain.optim.adamw", "mbtrain.optim.muon", "mbtrain.optim.schedule_free"},
     {"mbtrain.evaluate", "mbtrain.modes", "mbtrain.engine", "mbtrain.watch", "mbtrain.units", "mbtrain.agreement"},
     {"mbtrain.sample", "mbtrain.export", "mbtrain.saving", "mbtrain.compress", "mbtrain.evaluation"},
