@@ -428,8 +428,8 @@ class TrainConfig(_Section):
     precision                     fp32; bf16: DeepSpeed's bf16 weights with fp32 masters and fp32 accumulation (at
                                   stage 0: fp32 weights under autocast); autocast: fp32 weights, bf16 products; fp16
     activation_checkpointing      recompute each block in the backward pass: less memory, a third more work
-    chunk_bytes                   finer stages, logits and loss of so many bytes of a micro-batch at a time, recomputed in
-                                  the backward pass: a row's logits are never there at once. None: rows (or a rank's
+    chunk_bytes                   finer stages, logits and loss of so many bytes of a micro-batch at a time, recomputed
+                                  in the backward pass: a row's logits are never there at once. None: rows (or a rank's
                                   part of them) of 256 KiB or more in chunks of 32 KiB, shorter ones whole. As many as
                                   a row has: whole
     compile                       torch.compile the blocks; off: on CPU it gained 5 % for a minute and a half of waiting

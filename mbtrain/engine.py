@@ -31,6 +31,7 @@ from mbtrain.checkpoint import TRAINED, WEIGHT, Fragment, Progress, Stored
 from mbtrain.config import Config, batch_shape
 from mbtrain.errors import PeersError
 from mbtrain.model import Model
+from mbtrain.model.chunks import InChunks
 from mbtrain.model.layers import Transformer, attend, role_of, rule_of
 from mbtrain.model.sequence import Part, by_head, by_position
 from mbtrain.model.sparing import spare
@@ -546,10 +547,12 @@ class Engine:
     def _watch_gradients(self) -> None:
         """Let every gradient leave its mark: what is not finite stays so in a sum, which costs less than a norm."""
         mark = _squared_norm if self.config.log.noise_scale else _sum
+        in_chunks = [module for module in self.module.modules() if isinstance(module, InChunks)]
 
         def watch(index: int) -> Any:
             def look(grad: Tensor) -> None:
-                self.marks[index] += mark(grad)
+                if not any(module.in_part for module in in_chunks):  # else the whole gradient comes later
+                    self.marks[index] += mark(grad)
 
             return look
 

@@ -38,16 +38,15 @@ Ranks may share rows (sequence.py): each has all ids and computes the logits of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mbtrain.config import ModelConfig
+from mbtrain.model.chunks import Cut, InChunks
 from mbtrain.model.decode import Decoder
 from mbtrain.model.layers import (
     Attention,
@@ -251,6 +250,7 @@ class Megabyte(nn.Module):
         self.logit_multiplier = rule_of("readout", self.unembedding).multiplier
         self.part = WHOLE
         self.chunk_bytes: int | None = None
+        self.in_chunks = InChunks(self.nats_of, self._finer)
 
     def share(self, part: Part, attend: Attend) -> None:
         """Compute only this part of every row from now on; attend (sequence.by_head) looks at all ranks' positions.
@@ -303,29 +303,18 @@ class Megabyte(nn.Module):
         return rearrange(x, "(b t) d -> b t d", b=ids.shape[0])
 
     def nats_in_chunks(self, ids: Tensor, coarse: Tensor | None, chunk_bytes: int) -> Tensor:
-        """As `inside_patches`, up to the nats (b, t), so many bytes of all rows at a time, in whole patches.
+        """As `inside_patches`, up to the nats (b, t), so many bytes of all rows at a time, in whole patches."""
+        reach = self.reach_patches
+        self.in_chunks.cut = Cut(self.patch_size, max(chunk_bytes // (len(ids) * self.patch_size), reach, 1), reach)
+        return cast(Tensor, self.in_chunks(ids, coarse))
 
-        In training a chunk's tensors are made anew in the backward pass: those of the whole row never exist at once.
-        """
-        p = self.patch_size
-        width = max(chunk_bytes // (len(ids) * p), self.reach_patches, 1) * p
-        chunks = ids.split(width, dim=1)
-        # Not slices: the gradient of each would be as large as the whole row.
-        of_patches = [None] * len(chunks) if coarse is None else coarse.split(width // p, dim=1)
-        found = []
-        with uncached_casts():
-            for i, (own, patches) in enumerate(zip(chunks, of_patches, strict=True)):
-                before = self.reach_patches if i else 0
-                if before:
-                    own = torch.cat((chunks[i - 1][:, -before * p :], own), dim=1)
-                if before and patches is not None:
-                    patches = torch.cat((cast(Tensor, of_patches[i - 1])[:, -before:], patches), dim=1)
-                if torch.is_grad_enabled():
-                    each = checkpoint(self.nats_of, own, patches, before * p, use_reentrant=False)
-                else:
-                    each = self.nats_of(own, patches, before * p)
-                found.append(each)
-        return torch.cat(found, dim=1)
+    def _finer(self) -> Iterator[nn.Module]:
+        """The modules whose parameters are used behind the coarsest stage."""
+        for stage in self.stages:
+            if not stage.coarsest:
+                yield from stage.modules()
+        if self.readout is not None or len(self.stages) == 1:
+            yield self if self.readout is not None else self.stages[-1]
 
     def nats_of(self, ids: Tensor, coarse: Tensor | None, before: int) -> Tensor:
         """The nats (b, t - before) of a chunk, (b, t) and (b, k, d), that begins `before` bytes too early."""
@@ -365,17 +354,6 @@ class Megabyte(nn.Module):
     def training_span(self, t: int, number: int) -> slice | None:
         """None: all columns of a row of t bytes are predicted."""
         return None
-
-
-@contextmanager
-def uncached_casts() -> Iterator[None]:
-    """Inside, autocast casts a weight at each use: of a shared cast, the chunks' gradients would be summed in bf16."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
 
 
 def made_stages(config: ModelConfig, vocab_size: int, seq_len: int) -> list[nn.Module]:
