@@ -1,4 +1,4 @@
-"""Training in chunks against training whole, under DeepSpeed: `python -m tests.model.chunk_ranks OUT` on each of 2 ranks.
+"""Training in chunks against training whole, under DeepSpeed: run as `python -m tests.model.chunk_ranks OUT` on 2 ranks.
 
 Rank 0 writes OUT, JSON: by case the greatest relative differences of losses, gradient norms, marks and weights.
 """
@@ -43,7 +43,9 @@ def trained(ranks: Ranks, model: dict[str, Any], train: dict[str, Any], chunk_by
     shared = train.get("sequence_parallel", 1)
     batch = {"global_batch_size": 4 // shared, "micro_batch_size": 1, "precision": "fp32", "chunk_bytes": chunk_bytes}
     log = {"noise_scale": shared == 1}  # marks are then squared norms
-    settings = tiny.make(2, "modern", SEQ_LEN, model=model, train={**batch, **train}, log=log, optim={"warmup_steps": 0})
+    settings = tiny.make(
+        2, "modern", SEQ_LEN, model=model, train={**batch, **train}, log=log, optim={"warmup_steps": 0}
+    )
     torch.manual_seed(0)
     under = engine.Engine(settings, build(settings), ranks)
     under.module.train()
