@@ -1,4 +1,4 @@
-"""Training in chunks against training whole, under DeepSpeed: run as `python -m tests.model.chunk_ranks OUT` on 2 ranks.
+"""Training in chunks against training whole, under DeepSpeed: `python -m tests.model.chunk_ranks OUT` on 2 ranks.
 
 Rank 0 writes OUT, JSON: by case the greatest relative differences of losses, gradient norms, marks and weights.
 """
@@ -28,13 +28,13 @@ WIDE = [
 
 # name -> what differs in the model; what differs in train
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **{f"zero {i}": ({"stages": WIDE}, {"zero_stage": i}) for i in range(4)},
-    "zero 3, cross-patch": ({"stages": WIDE, "cross_patch": 2}, {"zero_stage": 3}),
-    "zero 3, tied": ({"stages": WIDE, "tied": True}, {"zero_stage": 3}),
-    "zero 3, checkpointing": ({"stages": WIDE}, {"zero_stage": 3, "activation_checkpointing": True}),
+    "zero 0": ({}, {"zero_stage": 0}),
+    "zero 1": ({}, {"zero_stage": 1}),
+    "zero 2": ({"stages": HEADS, "isolate_documents": True}, {"zero_stage": 2, "sequence_parallel": 2}),
+    "zero 3": ({"stages": WIDE, "cross_patch": 2}, {"zero_stage": 3}),
+    "zero 3, tied": ({"stages": WIDE, "tied": True}, {"zero_stage": 3, "activation_checkpointing": True}),
     "autocast": ({}, {"zero_stage": 0, "precision": "autocast"}),
     "bf16": ({}, {"zero_stage": 1, "precision": "bf16"}),
-    "shared rows": ({"stages": HEADS, "isolate_documents": True}, {"zero_stage": 2, "sequence_parallel": 2}),
 }
 
 
