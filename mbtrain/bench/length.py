@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,10 +33,10 @@ def length(
 
     Each length has a process of its own: the most memory resident in it, the whole process counted, and CPU and wall
     seconds of its second step, as of its first one. Beside it a flat transformer of bytes with about as many parameters
-    and everything else alike, as long as its next step is foreseen to take --flat-cpu-s at most. Lengths are cut to
-    whole patches. By least squares over log-log each gets the exponent of CPU seconds against length, over all lengths
-    and over the longer half; --out is the picture. Rows are random bytes, or --data's (made by mbtrain-prep; they are
-    read in a row, as packed rows are).
+    and everything else alike, as long as its next step is foreseen to take --flat-cpu-s at most (0: none at all).
+    Lengths are cut to whole patches. By least squares over log-log each gets the exponent of CPU seconds against
+    length, over all lengths and over the longer half; --out is the picture. Rows are random bytes, or --data's (made by
+    mbtrain-prep; they are read in a row, as packed rows are).
     Raises ConfigError for options and configurations that do not fit, MbtrainError when a process ends early.
     """
     no_unknown(length, unknown)
@@ -48,7 +47,7 @@ def length(
     target = Path(out)
     figures = measure.machine(n_threads) | {"config": config}
     sides: dict[str, dict[str, Any]] = {}
-    for name in ("model", "flat"):
+    for name in ("model", "flat") if most_s else ("model",):
         rows: list[dict[str, Any]] = []
         for t in asked:
             settings = _settings(config, data, t)
@@ -58,18 +57,16 @@ def length(
             rows.append(_step_of(settings, n_threads, bool(data)))
             measure.say(f"{name} · {_line(rows[-1])}")
         sides[name] = {"parameters": _parameters(settings), "by_length": rows, **fits(rows)}
-    last, flat = sides["model"]["by_length"][-1], sides["flat"]
-    beyond = foreseen(flat["by_length"], last["bytes"])
+    last, flat = sides["model"]["by_length"][-1], sides.get("flat")
+    beyond = None if flat is None else foreseen(flat["by_length"], last["bytes"])
     _draw(target, sides)
-    measure.say(
-        f"CPU seconds grow as length ** {sides['model']['exponent']:.2f}, a flat transformer's as ** "
-        f"{flat['exponent']:.2f}: {last['bytes']:,} bytes {last['cpu_s']:.1f} s against {beyond:,.0f} s, foreseen"
-    )
+    beside = "" if flat is None else f"; a flat transformer's as {_power(flat)}, {beyond:,.0f} s foreseen"
+    measure.say(f"CPU seconds grow as {_power(sides['model'])}, {last['cpu_s']:.1f} at {last['bytes']:,} bytes{beside}")
     keys = ("bytes", "cpu_s", "wall_s", "peak_bytes", "loss_nats")
     return figures | {
         **{key: last[key] for key in keys},
         "exponent": sides["model"]["exponent"],
-        "flat_exponent": flat["exponent"],
+        "flat_exponent": None if flat is None else flat["exponent"],
         "flat_foreseen_cpu_s": beyond,
         "plot": str(target),
         "sides": sides,
@@ -87,10 +84,10 @@ def flat_of(settings: Config) -> Config:
     return configuration.validate(tree)
 
 
-def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """b of y = a x ** b by least squares over logarithms; of fewer than two points not a number."""
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """b of y = a x ** b by least squares over logarithms; None of fewer than two points."""
     if len(xs) < 2:
-        return math.nan
+        return None
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
@@ -105,7 +102,7 @@ def foreseen(rows: Sequence[Mapping[str, Any]], t: int) -> float:
     return max(0.0, v / y - square * y) * t + square * t**2
 
 
-def fits(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def fits(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Exponents of CPU seconds against length: over all rows, and over the longer half of them."""
     xs, ys = [row["bytes"] for row in rows], [row["cpu_s"] for row in rows]
     half = len(rows) // 2
@@ -146,6 +143,10 @@ def _step_of(settings: Config, threads: int, real: bool) -> dict[str, Any]:
     return {"bytes": t, **seconds, "peak_bytes": peak, "base_bytes": base, "loss_nats": first["loss_nats"]}
 
 
+def _power(side: Mapping[str, Any]) -> str:
+    return "length ** ?" if side["exponent"] is None else f"length ** {side['exponent']:.2f}"
+
+
 def _line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['bytes']:>9,} bytes · {row['cpu_s']:8.2f} CPU s (first step {row['first_cpu_s']:.2f}), "
@@ -163,13 +164,14 @@ def _draw(target: Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
     panels = figure.subplots(1, 2)
     end = sides["model"]["by_length"][-1]["bytes"]
     names = {"model": "MEGABYTE", "flat": "flat transformer"}
-    for (side, of), color in zip(sides.items(), (TRAIN_COLOR, VAL_COLORS[0]), strict=True):
+    for (side, of), color in zip(sides.items(), (TRAIN_COLOR, VAL_COLORS[0]), strict=False):
         rows = of["by_length"]
         xs = [row["bytes"] for row in rows]
-        label = f"{names[side]}, {of['parameters'] / 1e6:.1f}M: bytes ** {of['exponent']:.2f}"
+        label = f"{names[side]}, {of['parameters'] / 1e6:.1f}M parameters"
         for axes, key, scale in zip(panels, ("cpu_s", "peak_bytes"), (1.0, 1e6), strict=True):
             ys = [row[key] / scale for row in rows]
-            axes.plot(xs, ys, color=color, linewidth=1.6, marker="o", markersize=5, label=label)
+            power = f": {_power(of)}" if key == "cpu_s" else ""
+            axes.plot(xs, ys, color=color, linewidth=1.6, marker="o", markersize=5, label=label + power)
             axes.annotate(f" {ys[-1]:,.4g}", (xs[-1], ys[-1]), color=color, fontsize=9, va="bottom", ha="right")
         if xs[-1] < end:
             beyond = np.geomspace(xs[-1], end, 20)
