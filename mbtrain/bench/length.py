@@ -177,19 +177,21 @@ def _draw(target: Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
             beyond = np.geomspace(xs[-1], end, 20)
             foretold = [foreseen(rows, t) for t in beyond]
             panels[0].plot(
-                beyond, foretold, color=color, linewidth=1.1, linestyle="--", label="as foreseen by its last two"
+                beyond, foretold, color=color, linewidth=1.1, linestyle="--", label="foreseen from its last two"
             )
             panels[0].annotate(f"{foretold[-1]:,.0f} ", (end, foretold[-1]), color=color, fontsize=9, ha="right")
+    shown = [row["bytes"] for row in sides["model"]["by_length"]]
     for axes, what in zip(panels, ("CPU seconds of one step", "most memory, MB, whole process"), strict=True):
         plain(axes)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set(xlabel="bytes of the row", ylabel=what)
-        shown = [row["bytes"] for row in sides["model"]["by_length"]]
         axes.set_xticks(shown, [f"{t / 1000:,.0f}k" for t in shown])
         axes.minorticks_off()
+    panels[0].set_yscale("log")
     panels[0].legend(frameon=False, labelcolor=INK, fontsize=9)
-    panels[1].set_ylim(bottom=100)
-    panels[1].set_title("libraries alone take the first part", loc="left", color=MUTED, fontsize=9)
+    base = sides["model"]["by_length"][0]["base_bytes"] / 1e6
+    panels[1].axhline(base, color=MUTED, linewidth=1.0, linestyle=":")
+    panels[1].annotate("libraries and model", (shown[-1], base), color=MUTED, fontsize=9, va="bottom", ha="right")
+    panels[1].set_ylim(bottom=0)
     figure.suptitle("One training step against the length of its row", x=0.01, ha="left", color=INK, fontsize=13)
     save(figure, target)
