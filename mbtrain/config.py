@@ -24,6 +24,10 @@ from mbtrain import vocab
 from mbtrain.errors import ConfigError
 from mbtrain.redact import without_password
 
+# Rows of so many bytes are computed in chunks of so many, where train.chunk_bytes does not say otherwise.
+LONG_ROW_BYTES = 2**18
+CHUNK_BYTES = 2**15
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -327,6 +331,11 @@ class ModelConfig(_Section):
         plain = self.patching == "fixed" and self.without == "none" and not self.conv_encoder and not self.cross_patch
         return self.kind in ("megabyte", "transformer") and plain and self.stages[0].window is None
 
+    @property
+    def in_chunks(self) -> bool:
+        """Whether what follows the coarsest stage can be computed for some patches at a time (train.chunk_bytes)."""
+        return self.kind in ("megabyte", "transformer") and self.patching == "fixed"
+
     def _positions_of(self, stage: int) -> str:
         return self.positions if stage == 0 else self.local_positions
 
@@ -419,6 +428,10 @@ class TrainConfig(_Section):
     precision                     fp32; bf16: DeepSpeed's bf16 weights with fp32 masters and fp32 accumulation (at
                                   stage 0: fp32 weights under autocast); autocast: fp32 weights, bf16 products; fp16
     activation_checkpointing      recompute each block in the backward pass: less memory, a third more work
+    chunk_bytes                   finer stages, logits and loss of so many bytes of a micro-batch at a time, recomputed
+                                  in the backward pass: a row's logits are never there at once. None: rows (or a rank's
+                                  part of them) of 256 KiB or more in chunks of 32 KiB, shorter ones whole. As many as
+                                  a row has: whole
     compile                       torch.compile the blocks; off: on CPU it gained 5 % for a minute and a half of waiting
     sequence_parallel             ranks that share each row, every one with its own patches: activations a rank fall in
                                   proportion. The coarsest stage exchanges heads for positions (Ulysses)
@@ -435,6 +448,7 @@ class TrainConfig(_Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     precision: Literal["fp32", "bf16", "autocast", "fp16"] = "bf16"
     activation_checkpointing: bool = False
+    chunk_bytes: Positive | None = None
     compile: bool = False
     sequence_parallel: Positive = 1
     lost_after_s: Annotated[float, Field(ge=5)] = 60.0
@@ -648,6 +662,8 @@ class Config(_Section):
             _fail("log.noise_scale", True, f"false with train.{what}: no rank has a row's whole gradient as it is")
         if sequence > 1 and not self.model.is_plain:
             _fail("train.sequence_parallel", sequence, "1 for this model.kind and these options of it")
+        if self.train.chunk_bytes is not None and not self.model.in_chunks:
+            _fail("train.chunk_bytes", self.train.chunk_bytes, "None for this model.kind and model.patching")
         latents = self.model.latents
         if latents is not None and (self.data.seq_len < latents or self.data.seq_len % (latents // 2)):
             _fail(
@@ -691,6 +707,15 @@ def batch_shape(config: Config, world_size: int) -> tuple[int, int]:
         allowed = f"below {rows}, or two ranks, with log.noise_scale: it compares the micro-batches of a step"
         _fail("train.micro_batch_size", micro, allowed)
     return micro, per_rank // micro
+
+
+def chunk_bytes(config: Config) -> int | None:
+    """Bytes of a micro-batch that a model computes at a time behind its coarsest stage; None: all of them."""
+    row = config.data.seq_len // config.train.sequence_parallel
+    asked = config.train.chunk_bytes
+    if not config.model.in_chunks or row <= (asked or 0) or (asked is None and row < LONG_ROW_BYTES):
+        return None
+    return asked or CHUNK_BYTES
 
 
 def step_limit(config: Config, flops_per_byte: float) -> int | None:

@@ -31,8 +31,10 @@ from mbtrain.checkpoint import TRAINED, WEIGHT, Fragment, Progress, Stored
 from mbtrain.config import Config, batch_shape
 from mbtrain.errors import PeersError
 from mbtrain.model import Model
+from mbtrain.model.chunks import InChunks
 from mbtrain.model.layers import Transformer, attend, role_of, rule_of
 from mbtrain.model.sequence import Part, by_head, by_position
+from mbtrain.model.sparing import spare
 from mbtrain.schedule import ema_decay
 
 UNDECAYED = ("embedding", "tied", "position", "pad", "gain", "bias")
@@ -249,10 +251,10 @@ class Engine:
         self._shapes = {name: list(param.shape) for name, param in model.named_parameters()}
         # What is kept of each parameter, by name: it is the group's.
         self.kinds = {self.names[id(p)]: optimizer.kinds(group) for group in groups for p in group["params"]}
-        for module in model.modules():
-            if isinstance(module, Transformer):
-                module.checkpointing = config.train.activation_checkpointing
-                if config.train.compile:
+        spare(model, config)
+        if config.train.compile:
+            for module in model.modules():
+                if isinstance(module, Transformer):
                     for block in module.blocks:
                         block.compile()
         model.to(ranks.device)
@@ -545,10 +547,12 @@ class Engine:
     def _watch_gradients(self) -> None:
         """Let every gradient leave its mark: what is not finite stays so in a sum, which costs less than a norm."""
         mark = _squared_norm if self.config.log.noise_scale else _sum
+        in_chunks = [module for module in self.module.modules() if isinstance(module, InChunks)]
 
         def watch(index: int) -> Any:
             def look(grad: Tensor) -> None:
-                self.marks[index] += mark(grad)
+                if not any(module.in_part for module in in_chunks):  # else the whole gradient comes later
+                    self.marks[index] += mark(grad)
 
             return look
 

@@ -26,6 +26,7 @@ from mbtrain.data.opening import Opened, open_sources
 from mbtrain.data.words import count_words
 from mbtrain.engine import Ranks, total
 from mbtrain.evaluate import Details, Score, loaded, names_of, score
+from mbtrain.model.sparing import spare
 from mbtrain.modes import must_allow, must_keep_frames, must_resemble
 
 FEW_DOCUMENTS = 20  # whose interval is known to be too narrow
@@ -168,6 +169,7 @@ def _opened(
     sources = open_sources(settings, split, seed=None)
     must_keep_frames(settings, sources, mode)
     model = loaded(run, settings, found, device, last)
+    spare(model, settings)
     if precision == "as-trained":
         stage0 = settings.train.precision == "bf16" and settings.train.zero_stage == 0
         precision = "autocast" if stage0 else settings.train.precision

@@ -110,7 +110,7 @@ STOREYS = [
     {"mbtrain.data.rows", "mbtrain.data.mixture", "mbtrain.data.loader", "mbtrain.data.opening"},
     {"mbtrain.data.windows", "mbtrain.data.words"},
     {"mbtrain.model.sequence", "mbtrain.model.flops", "mbtrain.model.loss", "mbtrain.model.patching"},
-    {"mbtrain.model.mup"},
+    {"mbtrain.model.mup", "mbtrain.model.chunks"},
     {"mbtrain.model.layers"},
     {"mbtrain.model.native"},
     {
@@ -124,6 +124,7 @@ STOREYS = [
         "mbtrain.checkpoint",
         "mbtrain.hardware",
     },
+    {"mbtrain.model.sparing"},
     {"mbtrain.optim", "mbtrain.optim.adamw", "mbtrain.optim.muon", "mbtrain.optim.schedule_free"},
     {"mbtrain.evaluate", "mbtrain.modes", "mbtrain.engine", "mbtrain.watch", "mbtrain.units", "mbtrain.agreement"},
     {"mbtrain.sample", "mbtrain.export", "mbtrain.saving", "mbtrain.compress", "mbtrain.evaluation"},

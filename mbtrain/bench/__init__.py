@@ -8,6 +8,7 @@ from typing import Any
 from mbtrain.bench.claims import claims
 from mbtrain.bench.data import data
 from mbtrain.bench.generation import generate
+from mbtrain.bench.length import length
 from mbtrain.bench.overhead import deepspeed
 from mbtrain.bench.quality import quality
 from mbtrain.bench.recipe import recipe
@@ -24,5 +25,6 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "data": data,
     "saving": saving,
     "sequence": sequence,
+    "length": length,
     "claims": claims,
 }

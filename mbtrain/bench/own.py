@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mbtrain import config, engine, hardware, optim, sample
 from mbtrain.bench.peer import Handlers, clock, rows_at, serve
+from mbtrain.bench.reading import memory
 from mbtrain.config import Config
 from mbtrain.data.order import mix_numbers
 from mbtrain.errors import ConfigError
@@ -171,7 +172,11 @@ def _training(
             "fp32": hardware.measured_peak(torch.float32),
         }
 
-    made: Handlers = {"steps": steps, "train": train, "peaks": peaks}
+    def most() -> dict[str, Any]:
+        """The most memory that this process has held."""
+        return {"peak_bytes": memory("VmHWM")}
+
+    made: Handlers = {"steps": steps, "train": train, "peaks": peaks, "memory": most}
     if weights is not None:
         made["score"] = score
     return made

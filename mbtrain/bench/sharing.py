@@ -21,9 +21,9 @@ from mbtrain.bench.peer import Handlers, serve
 from mbtrain.bench.reading import memory
 from mbtrain.config import Config
 from mbtrain.model import Model, build
-from mbtrain.model.layers import Transformer
 from mbtrain.model.loss import nats
 from mbtrain.model.megabyte import Megabyte
+from mbtrain.model.sparing import spare
 
 
 def handlers(settings: Config) -> Handlers:
@@ -44,9 +44,7 @@ def handlers(settings: Config) -> Handlers:
         torch.manual_seed(settings.train.seed)
         model = build(settings)
         engine.share_rows(model, ranks, parts)
-        for module in model.modules():
-            if isinstance(module, Transformer):
-                module.checkpointing = settings.train.activation_checkpointing
+        spare(model, settings)
         made.append(model.train())
         forward(model.patch_size * parts).sum().backward()
         return {"most_bytes": memory("VmHWM")}

@@ -248,6 +248,11 @@ def bench(*what: str, json: str = "", **options: str) -> None:
       sequence   memory and time of one long row, forward and backward, on 1, 2 and 4 ranks that share it
                  --seq=BYTES --ranks=1,2,4   the row, and on how many ranks           (65536; all three)
                  --steps=N   steps that are timed, after the first, whose memory is measured         (2)
+      length     a training step against the length of its row, each length in a process of its own, beside a flat
+                 transformer of as many parameters; exponents of the cost, a picture
+                 --lengths=8192,65536,...   bytes of the rows                             (8 kB to 1.2 MB)
+                 --flat-cpu-s=S   the transformer goes as far as its step takes so many CPU seconds   (60)
+                 --out=FILE   the picture                                              (length.png)
       data       data prep, loading and opening, against Pillow, webdataset's reader and the raw read of the same files
                  --parts=text,images,loading,opening,memory,training   some of these                      (all)
                  --text=DIR --images=DIR   prepare what is there                    (texts and pictures it makes)

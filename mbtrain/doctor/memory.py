@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mbtrain.config import Config, batch_shape
+from mbtrain.config import Config, batch_shape, chunk_bytes
 from mbtrain.errors import ConfigError
 from mbtrain.log import size
 from mbtrain.model.flops import SPACE_CHUNK, WINDOW_CHUNK, by_content, count
@@ -109,42 +109,50 @@ def activations(
 ) -> tuple[float, float]:
     """(what the forward pass of `micro` rows leaves for the backward pass on one rank, the largest tensors beside it).
 
-    The copies of the weights that autocast makes are not counted here. unit_bytes: as in flops.count.
+    The copies of the weights that autocast makes are not counted here. unit_bytes: as in flops.count. Of a row in
+    chunks (train.chunk_bytes) what follows the coarsest stage keeps nothing, and all that it makes for one chunk stands
+    beside what is kept.
     """
     precision = precision or settings.train.precision
     model, rows, parts = settings.model, settings.data.seq_len * micro, settings.train.sequence_parallel
-    again = settings.train.activation_checkpointing
     e, wide = 4 if precision == "fp32" else 2, 2 if precision in ("bf16", "fp16") else 4  # products, residual stream
     unit = count(settings, unit_bytes=unit_bytes).unit_bytes or 1.0
-    held, beside, positions = 0.0, 0.0, 0.0
+    chunk = chunk_bytes(settings)
+    held, beside, positions = [0.0, 0.0], [0.0, 0.0], 0.0  # outside of chunks; in them, of whole rows
     for i, stage in enumerate(model.stages):
         if model.without == "global" and i == 0:
             continue
+        inside = int(chunk is not None and (i > 0 or model.without == "global"))
+        again = settings.train.activation_checkpointing and not inside
         look = _looking(settings, i, micro, unit)
         positions, d = look.positions, stage.d_model
-        held += positions * d * wide * (2 if model.final_norm else 1)
+        held[inside] += positions * d * wide * (2 if model.final_norm else 1)
         if model.without == "local" and i:  # no blocks
             continue
         block = positions * _block(settings, i, look, device, precision)
-        held += stage.n_layers * (positions * d * wide if again else block)
+        held[inside] += stage.n_layers * (positions * d * wide if again else block)
         if model.latents is not None:  # layer 1 reads the row up to the end of its span: inputs, keys and values
             whole = _Look(positions, settings.data.seq_len)
             more = (2 if model.block.qk_norm else 1) * wide + 3 * e
             first = positions * _block(settings, i, whole, device, precision) + (rows - positions) * d * more
-            held += (rows - positions) * d * wide if again else first - block
+            held[0] += (rows - positions) * d * wide if again else first - block
         made = stage.n_layers if look.each_layer else 1
-        held += made * look.masks * positions * look.keys * parts  # ranks that share a row all have it whole
+        held[inside] += made * look.masks * positions * look.keys * parts  # ranks that share a row all have it whole
         if i == 0 and model.conv_encoder:
-            held += rows * stage.d_byte * wide * 2 * len(model.conv_encoder)
-        inside = max(
+            held[0] += rows * stage.d_byte * wide * 2 * len(model.conv_encoder)
+        wider = max(
             2 * stage.n_heads * look.keys * wide if _plain(device, look, precision) else 0, stage.ff_width * wide
         )
-        beside = max(beside, positions * inside + (block if again else 0))
+        beside[inside] = max(beside[inside], positions * wider + (block if again else 0))
     predicted = positions * (model.vocabulary_size or settings.vocab_size)
     # Log-probabilities in fp32 are kept; as the backward pass begins, their gradient in fp32, and cast, stands beside.
-    held += 4 * predicted
-    beside = max(beside, predicted * (4 if precision == "fp32" else 8))
-    return held / parts, beside / parts
+    last = int(chunk is not None)
+    held[last] += 4 * predicted
+    beside[last] = max(beside[last], predicted * (4 if precision == "fp32" else 8))
+    if chunk is None:
+        return held[0] / parts, beside[0] / parts
+    one = (held[1] + beside[1]) * min(1.0, chunk * parts / rows)
+    return (held[0] + 4 * rows) / parts, max(beside[0], one) / parts
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ Ranks may share rows (sequence.py): each has all ids and computes the logits of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -45,6 +46,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mbtrain.config import ModelConfig
+from mbtrain.model.chunks import Cut, InChunks
 from mbtrain.model.decode import Decoder
 from mbtrain.model.layers import (
     Attention,
@@ -58,6 +60,7 @@ from mbtrain.model.layers import (
     rule_of,
     table,
 )
+from mbtrain.model.loss import nats
 from mbtrain.model.sequence import WHOLE, Attend, Part
 
 
@@ -234,7 +237,8 @@ class Megabyte(nn.Module):
     """ids (b, t) -> logits (b, t, v), logits[:, i] being for ids[:, i] given ids[:, :i]. Any t >= 1.
 
     seq_len bounds t only where the coarsest stage has learned positions. Of a row that is shared (see `share`) the
-    logits are those of part.columns(t) alone, and t is a multiple of the patch size times the parts.
+    logits are those of part.columns(t) alone, and t is a multiple of the patch size times the parts. With chunk_bytes
+    it gives nats (b, t) in place of logits, made chunk by chunk (see sparing.py).
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int):
@@ -245,6 +249,8 @@ class Megabyte(nn.Module):
         self.readout = readout(config, vocab_size)
         self.logit_multiplier = rule_of("readout", self.unembedding).multiplier
         self.part = WHOLE
+        self.chunk_bytes: int | None = None
+        self.in_chunks = InChunks(self.nats_of, self._finer)
 
     def share(self, part: Part, attend: Attend) -> None:
         """Compute only this part of every row from now on; attend (sequence.by_head) looks at all ranks' positions.
@@ -261,25 +267,68 @@ class Megabyte(nn.Module):
                 module.part, module.attend = part, attend
 
     def forward(self, ids: Tensor) -> Tensor:
-        b, t = ids.shape
+        t = ids.shape[1]
         if self.part.parts > 1 and t % (self.patch_size * self.part.parts):
             raise ValueError(f"rows of {t} bytes in patches of {self.patch_size}: no {self.part.parts} equal parts")
         # A row that ends inside a patch is filled up; causality keeps the filling out of every logit that is returned.
         filled = F.pad(ids, (0, -t % self.patch_size))
-        starts = document_starts(filled, self.patch_size) if self.config.isolate_documents else None
-        own = self.part.columns(filled.shape[1])
-        coarse: Tensor | None = None
+        coarse, own = self.over_patches(filled), filled[:, self.part.columns(filled.shape[1])]
+        if self.chunk_bytes is not None:
+            return self.nats_in_chunks(own, coarse, self.chunk_bytes)[:, :t]
+        return self.logits(self.inside_patches(own, coarse))[:, :t]
+
+    def over_patches(self, ids: Tensor) -> Tensor | None:
+        """The coarsest stage of whole rows (b, t): its output for this part of the patches (b, k, d), if there is one.
+
+        t is a multiple of the patch size times the parts.
+        """
+        first = cast(Stage, self.stages[0])
+        if not first.coarsest:
+            return None
+        starts = document_starts(ids, self.patch_size) if self.config.isolate_documents else None
+        if self.part == WHOLE:
+            return first.run(ids, None, starts)
+        return cast(Tensor, first.transformer(first.inputs_of(self.part, ids, starts), starts=starts))
+
+    def inside_patches(self, ids: Tensor, coarse: Tensor | None) -> Tensor:
+        """The finer stages of some whole patches: bytes (b, t) and the patches' outputs (b, k, d) -> (b, t, d).
+
+        They run inside one patch, or with the one before in the row: they need no documents and no other ranks.
+        """
+        x = None if coarse is None else rearrange(coarse, "b k d -> (b k) d")
         for stage in self.stages:
-            if not stage.coarsest:  # inside one patch, or with the one before in the row: no documents, no other ranks
-                x = cast(Stage | Slices, stage).run(filled[:, own], coarse)
-            elif self.part == WHOLE:
-                x = cast(Stage, stage).run(filled, None, starts)
-            else:
-                first = cast(Stage, stage)
-                x = first.transformer(first.inputs_of(self.part, filled, starts), starts=starts)
-            coarse = rearrange(x, "n r d -> (n r) d")
-        assert coarse is not None
-        return self.logits(rearrange(coarse, "(b t) d -> b t d", b=b)[:, :t])
+            if not stage.coarsest:
+                x = rearrange(cast(Stage | Slices, stage).run(ids, x), "n r d -> (n r) d")
+        assert x is not None
+        return rearrange(x, "(b t) d -> b t d", b=ids.shape[0])
+
+    def nats_in_chunks(self, ids: Tensor, coarse: Tensor | None, chunk_bytes: int) -> Tensor:
+        """As `inside_patches`, up to the nats (b, t), so many bytes of all rows at a time, in whole patches."""
+        reach = self.reach_patches
+        self.in_chunks.cut = Cut(self.patch_size, max(chunk_bytes // (len(ids) * self.patch_size), reach, 1), reach)
+        return cast(Tensor, self.in_chunks(ids, coarse))
+
+    def _finer(self) -> Iterator[nn.Module]:
+        """The modules whose parameters are used behind the coarsest stage."""
+        for stage in self.stages:
+            if not stage.coarsest:
+                yield from stage.modules()
+        if self.readout is not None or len(self.stages) == 1:
+            yield self if self.readout is not None else self.stages[-1]
+
+    def nats_of(self, ids: Tensor, coarse: Tensor | None, before: int) -> Tensor:
+        """The nats (b, t - before) of a chunk, (b, t) and (b, k, d), that begins `before` bytes too early."""
+        return nats(self.logits(self.inside_patches(ids, coarse)[:, before:]), ids[:, before:])
+
+    @property
+    def reach_patches(self) -> int:
+        """How many whole patches before its own a byte's finer stages look at, beside what the coarsest hands them.
+
+        With cross_patch each layer looks at the patch before, so its output depends on as many as there are layers.
+        """
+        if not self.config.cross_patch:
+            return 0
+        return -(-self.config.stages[-1].n_layers * self.config.stages[-2].patch_size // self.patch_size)
 
     def logits(self, x: Tensor) -> Tensor:
         """The last stage's output (..., d) -> logits (..., v), eq. 6."""

@@ -15,6 +15,7 @@ from mbtrain.data.opening import Opened, open_sources
 from mbtrain.errors import ConfigError, DataError
 from mbtrain.evaluate import loaded, score
 from mbtrain.model import Model
+from mbtrain.model.sparing import spare
 from mbtrain.sample import Sampling, as_text, generate
 from mbtrain.tasks.marking import Marks, mark
 from mbtrain.tasks.rules import TASKS, addends, data_of, floor_nats_per_byte, result, word_fits
@@ -70,6 +71,7 @@ def evaluate_task(
         _must_be_of(asked, lines, sources[0].name)
         trained = _text(open_sources(settings, settings.data.train_split, seed=None)[0]) if asked == "addition" else ""
         marks = mark(asked, go_on, lines, samples or SAMPLES[asked], seed, trained, temperature)
+    spare(model, settings)
     scored = score(model, sources, seq_len=settings.data.seq_len, batch=SCORED_AT_A_TIME, device=device)
     prompt = "" if asked not in TASKS else text[: text.index("\n") + 1]
     figures = {

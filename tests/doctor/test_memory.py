@@ -19,6 +19,7 @@ from mbtrain.doctor import memory
 from mbtrain.model import build, layers
 from mbtrain.model.flops import count
 from mbtrain.model.loss import nats
+from mbtrain.model.sparing import spare
 from tests import launch, tiny
 
 STAGES = [
@@ -36,9 +37,7 @@ def kept_by_torch(settings: Config, rows: int) -> int:
     if settings.train.precision == "bf16":
         model.bfloat16()
     model.train()
-    for module in model.modules():
-        if isinstance(module, layers.Transformer):
-            module.checkpointing = settings.train.activation_checkpointing
+    spare(model, settings)
     own = {param.untyped_storage().data_ptr() for param in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -118,6 +117,24 @@ def test_activation_checkpointing_keeps_a_blocks_input_alone() -> None:
     kept = kept_by_torch(settings, rows=2)
     assert kept < 0.5 * kept_by_torch(whole, rows=2)
     assert memory.activations(settings, 2, "cpu")[0] == pytest.approx(kept, rel=0.15)
+
+
+@pytest.mark.parametrize("stages", [STAGES, LONG_WINDOW])
+def test_a_row_in_chunks_keeps_the_coarsest_stage_alone(stages: list[dict[str, int]]) -> None:
+    """To 12 %; what a chunk makes stands beside it, and is as large as the chunk."""
+    kind = "megabyte" if len(stages) == 2 else "transformer"
+
+    def of(chunk_bytes: int | None) -> Config:
+        model = {"stages": stages, "kind": kind}
+        return tiny.make(2, "modern", 4096, model=model, train={"chunk_bytes": chunk_bytes})
+
+    held, beside = memory.activations(of(1024), 1, "cpu")
+    assert held == pytest.approx(kept_by_torch(of(1024), rows=1), rel=0.12)
+    whole, largest = memory.activations(of(None), 1, "cpu")
+    assert held < whole
+    if kind == "megabyte":
+        assert held + beside < 0.7 * (whole + largest)
+        assert beside == pytest.approx(2 * memory.activations(of(512), 1, "cpu")[1])
 
 
 def test_ranks_that_share_rows_share_activations() -> None:
