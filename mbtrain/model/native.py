@@ -89,19 +89,35 @@ def library() -> ctypes.CDLL | None:
 
 
 def built(compiler: str) -> Path:
-    """The library's path, which is whole once it exists. Raises OSError, SubprocessError."""
+    """The library's path; what lies there is whole and nobody else's, or is made anew. Raises OSError, SubprocessError.
+
+    A library that is cut off would kill the process that loads it, so it ends with its own hash.
+    """
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     key = hashlib.sha256(SOURCE.read_bytes() + repr(FLAGS).encode() + version + _processor().encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbtrain"
     path = folder / f"native-{key[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    if path.exists() and path.stat().st_uid != os.geteuid():
+        raise PermissionError(f"{path}: another user's; code of his is not run")
+    if not _is_whole(path):
         with tempfile.TemporaryDirectory(dir=folder) as room:
             made = Path(room) / path.name
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, capture_output=True, check=True, timeout=120)
+            content = made.read_bytes()
+            made.write_bytes(content + hashlib.sha256(content).digest())
             made.replace(path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _processor() -> str:

@@ -6,6 +6,7 @@ pytest tests/model/test_native.py
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,22 @@ def test_the_library_is_built_once_and_whole(tmp_path: Path, monkeypatch: pytest
     made = built.stat().st_mtime_ns
     assert native.built(compiler) == built
     assert built.stat().st_mtime_ns == made
+    assert built.parent.stat().st_mode & 0o077 == 0, "nobody else puts a library there"
+
+
+def test_a_library_that_is_cut_off_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = native.built(str(shutil.which("cc")))
+    path.write_bytes(path.read_bytes()[:1000])
+    assert native.library.__wrapped__() is not None
+    assert path.stat().st_size > 1000
+
+
+def test_another_users_library_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.built(str(shutil.which("cc")))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert native.library.__wrapped__() is None
 
 
 def test_an_id_that_is_no_byte_is_refused() -> None:
