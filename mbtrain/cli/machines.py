@@ -235,6 +235,9 @@ def ui(host: str = "127.0.0.1", port: str = "5000", uri: str = "", json: str = "
     from mbtrain import tracking
 
     url = f"http://{host}:{at}"
-    finish({"url": url}, True) if as_json else write(f"{url} (some 10 s from now; Ctrl-C ends it)")
+    if as_json:
+        finish({"url": url}, as_json)
+    else:
+        write(f"{url} (some 10 s from now; Ctrl-C ends it)")
     sys.stdout.flush()
     tracking.ui(host, at, uri or None)
