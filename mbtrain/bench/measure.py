@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,12 +96,31 @@ def worker(command: Sequence[str], name: str, threads: int, **variables: str) ->
 
 
 @contextmanager
-def own_worker(settings: Config, mode: str, folder: Path, threads: int) -> Iterator[Ask]:
+def own_worker(settings: Config, mode: str, folder: Path, threads: int, **variables: str) -> Iterator[Ask]:
     """mbtrain's worker (own.py) on this configuration; rows are those that `write_rows` put into the folder."""
     path = folder / f"{mode}-{settings.train.precision}-{settings.train.seed}.yaml"
     path.write_text(config.to_yaml(settings), encoding="utf-8")
     command = [sys.executable, "-m", "mbtrain.bench.own", str(path), mode, str(folder / "train.bytes")]
-    with worker(command, f"{mode} ({settings.train.precision})", threads) as ask:
+    with worker(command, f"{mode} ({settings.train.precision})", threads, **variables) as ask:
+        yield ask
+
+
+@contextmanager
+def own_ranks(settings: Config, count: int, folder: Path, threads: int) -> Iterator[Ask]:
+    """So many of mbtrain's workers as ranks of one training; of their answers the longest wall_s, and cpu_s summed."""
+    meeting = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    meeting["MASTER_PORT"] = free_port()
+    with ExitStack() as stack:
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(count)]
+        asks = [stack.enter_context(own_worker(settings, "rank", folder, threads, **place)) for place in places]
+        pool = stack.enter_context(ThreadPoolExecutor(count))
+
+        def ask(do: str, **request: Any) -> dict[str, Any]:
+            answers = list(pool.map(lambda each: each(do, **request), asks))
+            took = {"wall_s": max(a["wall_s"] for a in answers), "cpu_s": sum(a["cpu_s"] for a in answers)}
+            return {**answers[0], **took}
+
+        ask("join")
         yield ask
 
 

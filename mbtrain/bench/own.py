@@ -3,6 +3,7 @@
     python -m mbtrain.bench.own CONFIG MODE ROWS_FILE
 
 MODE  engine    a step is what `mbtrain train` does: DeepSpeed, the sums over ranks, the checks for finite numbers
+      rank      the same as one of several ranks, which RANK and so on name; they meet when asked to `join`
       bare      the same model, precision, optimizer and clipping in a plain torch loop
       generate  sample.generate in fp32
 
@@ -11,6 +12,7 @@ Rows come from a file of raw bytes, so that both sides train on the same ones.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +44,7 @@ def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[
 
     def step(ids: Tensor, factor: float) -> float:
         lost = torch.zeros((), dtype=torch.float64)
-        for micro_step, part in enumerate(ids.split(wrapped.micro)):
+        for micro_step, part in enumerate(ids.chunk(wrapped.readers)[wrapped.reader].split(wrapped.micro)):
             torch.manual_seed(mix_numbers(settings.train.seed, done[0], micro_step, ranks.rank))
             each = nats(wrapped(part), part)
             wrapped.backward(each.mean())
@@ -120,7 +122,17 @@ def bare_step(settings: Config, model: Model) -> tuple[Step, Callable[[], None]]
 
 def handlers(settings: Config, mode: str, train_file: str) -> Handlers:
     """What mbtrain's worker answers in this mode."""
-    ranks = engine.start()  # in every mode: threads, denormals and memory are then the same
+    if mode == "rank":
+        made: Handlers = {}
+
+        def join() -> dict[str, Any]:
+            """Meet the other ranks, and answer as `engine` from then on."""
+            made.update(handlers(settings, "engine", train_file))
+            return {}
+
+        made["join"] = join
+        return made
+    ranks = engine.start()  # in every other mode, too: threads, denormals and memory are then the same
     torch.manual_seed(settings.train.seed)
     if mode == "generate":
         return _generating(build(settings).eval())
@@ -134,6 +146,8 @@ def _training(
 ) -> Handlers:
     rows, seq_len = settings.train.global_batch_size, settings.data.seq_len
     done = [0]
+    gc.collect()
+    gc.freeze()  # as train.py does
 
     def advance(share: float) -> float:
         ids = torch.from_numpy(rows_at(train_file, done[0], rows, seq_len))

@@ -72,7 +72,7 @@ def predict(settings: Config, ranks: int, device: Device, stage: int | None = No
         weights, gradients, exchange = e * p, e * p, 4 * min(p, BUCKET)
         optimizer = (12 * p if e == 2 else 8 * p) + ema
     elif stage == 1 and precision == "bf16":
-        weights, gradients, exchange = 2 * p, 4 * p, 8 * p
+        weights, gradients, exchange = 2 * p, 4 * p, 2 * p
     elif stage == 1:
         weights, gradients, exchange = e * p, e * p, e * bucket
     elif stage == 2:
@@ -109,6 +109,7 @@ def activations(
 ) -> tuple[float, float]:
     """(what the forward pass of `micro` rows leaves for the backward pass on one rank, the largest tensors beside it).
 
+    As plain torch does it; the kernels of model/kernels.py (bf16 on a CPU) keep less.
     The copies of the weights that autocast makes are not counted here. unit_bytes: as in flops.count. Of a row in
     chunks (train.chunk_bytes) what follows the coarsest stage keeps nothing, and all that it makes for one chunk stands
     beside what is kept.

@@ -10,6 +10,7 @@ project (between stages), readout, gain, bias. With the shape at base it gives t
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mbtrain import vocab
 from mbtrain.config import InitConfig, ModelConfig
+from mbtrain.model import kernels
 from mbtrain.model.mup import ROLES, Rule, branch_multiplier, query_multiplier, rule
 from mbtrain.model.sequence import WHOLE, Attend, Part
 
@@ -109,6 +111,11 @@ def pad(width: int, base: int, config: ModelConfig) -> nn.Parameter:
     return parameter("pad", draw((width,), config.init.embed_std, config.init), made)
 
 
+def look_up(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table (v, d) by number: ids (...) -> (..., d)."""
+    return kernels.embedding(ids, table) if kernels.rounds(table) else F.embedding(ids, table)
+
+
 def bias_of(width: int, base: int, config: ModelConfig, depth: float = 1.0) -> nn.Parameter | None:
     """A bias or shift (width,), zeros, where the block has them."""
     if not config.block.bias:
@@ -127,9 +134,20 @@ class Norm(nn.Module):
         self.bias = None if self.rms else bias_of(width, base, config, depth)
 
     def forward(self, x: Tensor) -> Tensor:
+        alike = self.gain is None or self.gain.dtype == x.dtype  # not under autocast
+        if alike and kernels.ready(x, x.shape[-1]):
+            return kernels.norm(x, self.gain, self.bias, self.rms)
+        if alike and kernels.rounds(x) and self.gain is not None:
+            # Torch's own norm would add up the gain's gradient in bf16, a product's gradient it sums in fp32.
+            y = self.plain(x, None, None) * self.gain
+            return y if self.bias is None else y + self.bias
+        return self.plain(x, self.gain, self.bias)
+
+    def plain(self, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The norm in torch."""
         if self.rms:
-            return F.rms_norm(x, x.shape[-1:], self.gain, NORM_EPS)
-        return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, NORM_EPS)
+            return F.rms_norm(x, x.shape[-1:], gain, NORM_EPS)
+        return F.layer_norm(x, x.shape[-1:], gain, bias, NORM_EPS)
 
 
 class Linear(nn.Module):
@@ -192,6 +210,14 @@ def rotary_angles(start: int, t: int, d_head: int, device: torch.device) -> tupl
     rates = ROTARY_BASE ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float64) / d_head)
     angles = torch.outer(torch.arange(start, start + t, device=device, dtype=torch.float64), rates)
     return angles.cos(), angles.sin()
+
+
+@functools.lru_cache(maxsize=8)
+def kept_angles(start: int, t: int, d_head: int) -> tuple[Tensor, Tensor]:
+    """`rotary_angles` in float32 on the CPU, made once for all layers and steps."""
+    with torch.inference_mode(False):
+        cos, sin = rotary_angles(start, t, d_head, torch.device("cpu"))
+        return cos.float(), sin.float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -332,16 +358,16 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None, last: int | None = None
     ) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b t (n h c) -> n b h t c", n=3, h=self.n_heads)
-        if self.qk_norm:
-            q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
-            k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
-        if self.query_multiplier != 1:
-            q = q * self.query_multiplier
-        if self.rotary:
-            start = self.part.index * x.shape[1] if cache is None else cache.done
-            cos, sin = rotary_angles(start, x.shape[1], self.d_head, x.device)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.qkv(x)
+        start = self.part.index * x.shape[1] if cache is None else cache.done
+        if kernels.ready(qkv, self.d_head):
+            angles = kept_angles(start, x.shape[1], self.d_head) if self.rotary else None
+            how = self.n_heads, angles, self.qk_norm, self.query_multiplier
+            if self._in_one_pass(x.shape[1]) and cache is None and mask is None:
+                return cast(Tensor, self.out(kernels.attention(qkv, *how)))
+            q, k, v = kernels.turned(qkv, *how)
+        else:
+            q, k, v = self.turned(qkv, start)
         if cache is not None:
             now = slice(cache.used, cache.used + x.shape[1])
             cache.keys[:, :, now], cache.values[:, :, now] = k, v
@@ -358,6 +384,25 @@ class Attention(nn.Module):
             look = self.attend if cache is None else attend  # generation is one rank's own
             mixed = look(q, k, v, dropout, mask)
         return cast(Tensor, self.out(rearrange(mixed, "b h t c -> b t (h c)")))
+
+    def turned(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, h, t, c) of positions from start on, as they meet: kernels.turned in torch."""
+        q, k, v = rearrange(qkv, "b t (n h c) -> n b h t c", n=3, h=self.n_heads)
+        if self.qk_norm:
+            q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
+            k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
+        if self.query_multiplier != 1:
+            q = q * self.query_multiplier
+        if self.rotary:
+            cos, sin = rotary_angles(start, qkv.shape[1], self.d_head, qkv.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
+
+    def _in_one_pass(self, t: int) -> bool:
+        """Whether t positions are few, and look at all before them in their own sequence and nowhere else."""
+        dropped = self.training and self.dropout > 0
+        short = t <= min(kernels.LONGEST, self.window or t)
+        return short and not dropped and not self.cross_patch and self.attend is attend
 
 
 class FeedForward(nn.Module):
@@ -382,6 +427,8 @@ def activate(x: Tensor, kind: str) -> Tensor:
         gate, value = x.chunk(2, dim=-1)
         return F.silu(gate) * value
     if kind == "relu2":
+        if kernels.ready(x, x.shape[-1]):
+            return kernels.relu2(x)
         return F.relu(x).square()
     if kind == "gelu":
         return F.gelu(x)

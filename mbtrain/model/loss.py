@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mbtrain.model import kernels
+
 
 def nats(logits: Tensor, ids: Tensor) -> Tensor:
     """-ln p(ids) under logits: (b, t, v), (b, t) -> (b, t) in float32 at least (float64 stays float64).
@@ -14,8 +16,10 @@ def nats(logits: Tensor, ids: Tensor) -> Tensor:
 
     Nothing is left out and nothing averaged here: every id, byte 0 included, has its loss; masks come later.
     """
-    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     if logits.ndim == 2:
-        return logits
-    flat = rearrange(logits, "b t v -> (b t) v")
-    return F.cross_entropy(flat, rearrange(ids, "b t -> (b t)"), reduction="none").view(ids.shape)
+        return logits if logits.dtype.itemsize >= 4 else logits.float()
+    flat, targets = rearrange(logits, "b t v -> (b t) v"), rearrange(ids, "b t -> (b t)")
+    if kernels.ready(flat):
+        return kernels.nats(flat, targets).view(ids.shape)
+    flat = flat if flat.dtype.itemsize >= 4 else flat.float()
+    return F.cross_entropy(flat, targets, reduction="none").view(ids.shape)

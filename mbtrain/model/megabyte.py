@@ -54,6 +54,7 @@ from mbtrain.model.layers import (
     Transformer,
     document_starts,
     final_norm,
+    look_up,
     matrix,
     pad,
     readout,
@@ -134,14 +135,14 @@ class Stage(nn.Module):
             starts = (torch.arange(k, device=ids.device) == 0).unsqueeze(0)
         own = part.columns(k)
         before = F.pad(ids, (p, -p))[:, own.start * p : own.stop * p]
-        x = self.joined(F.embedding(before, self.embed))
+        x = self.joined(look_up(before, self.embed))
         if self.positions is not None:
             x = x + self.positions_at(F.pad(places_in_documents(starts), (1, -1))[:, own])
         return self.restart(x, starts[:, own])
 
     def embedded(self, ids: Tensor, starts: Tensor | None = None) -> Tensor:
         """Bytes embedded and concatenated to this stage's positions: ids (b, t) -> (b, k, d) or ((b k), r, d)."""
-        h = F.embedding(ids, self.embed)
+        h = look_up(ids, self.embed)
         if not self.coarsest:
             return rearrange(self.joined(h), "b (k r) d -> (b k) r d", r=self.slots)
         if self.convolutions is not None:
@@ -163,7 +164,7 @@ class Stage(nn.Module):
     def positions_at(self, places: Tensor) -> Tensor:
         """The coarsest stage's learned positions of whole patches by number, (b, k) -> (b, k, d)."""
         assert self.positions is not None
-        return F.embedding(places, self.joined(self.positions.unsqueeze(0)).squeeze(0))
+        return look_up(places, self.joined(self.positions.unsqueeze(0)).squeeze(0))
 
     def restart(self, x: Tensor, starts: Tensor) -> Tensor:
         """x (b, k, d) with the pad in place of the patch of another document, where starts (b, k) is True."""

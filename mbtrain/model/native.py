@@ -1,25 +1,17 @@
 """The compiled form of Decoder's step of one byte: native.c, built by the machine's own C compiler where there is one.
 
 It is the same arithmetic on the same caches, on a CPU and in fp32, for what most models are made of; `covers` says
-which. The library is built once a machine (about a second), to a name that follows from source, compiler and
-processor, and moved there when it is whole; without compiler, or with MBTRAIN_NATIVE=0, everything goes through torch.
+which. Where there is no library (compiled.py), everything goes through torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int64, c_void_p
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,14 +19,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mbtrain.model import compiled
 from mbtrain.model.layers import Block, LayerCache
 
 if TYPE_CHECKING:
     from mbtrain.model.megabyte import Megabyte, Stage
 
-SOURCE = Path(__file__).with_suffix(".c")
-# Sums are reordered where the source says so, and nowhere else.
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 PANEL = 64
 ROWS_A_THREAD = 6  # at least: below that, reading the weights is what takes the time
 ACTIVATIONS = ("relu", "relu2", "gelu", "silu", "swiglu")
@@ -72,12 +62,8 @@ class _Model(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """native.c, built and loaded; None where that cannot be, or is not wanted."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("MBTRAIN_NATIVE") == "0":
-        return None
-    try:
-        loaded = ctypes.CDLL(str(built(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    loaded = compiled.library("native", "-fopenmp-simd")
+    if loaded is None:
         return None
     loaded.next_byte.argtypes = [POINTER(_Model), c_int64, c_void_p]
     loaded.run.argtypes = [
@@ -86,47 +72,6 @@ def library() -> ctypes.CDLL | None:
     ]
     loaded.next_byte.restype = loaded.run.restype = None
     return loaded
-
-
-def built(compiler: str) -> Path:
-    """The library's path; what lies there is whole and nobody else's, or is made anew. Raises OSError, SubprocessError.
-
-    A library that is cut off would kill the process that loads it, so it ends with its own hash.
-    """
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + repr(FLAGS).encode() + version + _processor().encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbtrain"
-    path = folder / f"native-{key[:16]}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    if path.exists() and path.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{path}: another user's; code of his is not run")
-    if not _is_whole(path):
-        with tempfile.TemporaryDirectory(dir=folder) as room:
-            made = Path(room) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-            subprocess.run(command, capture_output=True, check=True, timeout=120)
-            content = made.read_bytes()
-            made.write_bytes(content + hashlib.sha256(content).digest())
-            made.replace(path)
-    return path
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
-
-
-def _processor() -> str:
-    """What the instructions that -march=native may use depend on: a home directory is often several machines'."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(("model", "flags", "Features", "CPU "))}))
 
 
 def covers(model: Megabyte) -> bool:

@@ -48,6 +48,7 @@ from mbtrain.model.layers import (
     Transformer,
     attend,
     hidden,
+    look_up,
     pad,
     readout,
     rotary_angles,
@@ -180,7 +181,7 @@ class PerceiverAR(nn.Module):
 
     def embedded(self, ids: Tensor, first: int) -> Tensor:
         """Bytes at columns from `first` on, (b, t) -> (b, t, d)."""
-        h = F.embedding(ids, self.embed)
+        h = look_up(ids, self.embed)
         return h if self.positions is None else h + self.positions[first : first + ids.shape[1]]
 
     def logits(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mbtrain.config import ModelConfig
 from mbtrain.model.decode_space import SpaceDecoder
-from mbtrain.model.layers import Block, attend, pad
+from mbtrain.model.layers import Block, attend, look_up, pad
 from mbtrain.model.megabyte import Megabyte, Stage
 from mbtrain.model.patching import Patches, mean_patch_bytes, patches
 from mbtrain.model.sequence import Attend, Part
@@ -120,9 +120,9 @@ class SpaceMegabyte(Megabyte):
 
     def joined(self, ids: Tensor, in_slots: Tensor, empty: Tensor) -> Tensor:
         """Whole patches, (b, k, d): which of the bytes ids (b, t) is in each of their slots, (b, (k p)), and if any."""
-        h = F.embedding(ids.gather(1, in_slots), self.coarse.embed)
+        h = look_up(ids.gather(1, in_slots), self.coarse.embed)
         if self.coarse.positions is not None:
-            h = h + F.embedding(in_slots, self.coarse.positions)
+            h = h + look_up(in_slots, self.coarse.positions)
         return self.coarse.joined(torch.where(empty.unsqueeze(-1), self.filler.to(h.dtype), h))
 
     def local_inputs(self, before: Tensor, where: Patches, coarse: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ class SpaceMegabyte(Megabyte):
         """Eq. 4 of bytes (...): the byte before each, its place in its patch, its slice (..., D / p) -> (..., d)."""
         stage = self.local
         assert stage.project is not None
-        x = F.embedding(before, stage.embed)
+        x = look_up(before, stage.embed)
         x = torch.where((place == 0).unsqueeze(-1), stage.pad.to(x.dtype), x) + F.linear(slices, stage.project)
-        return x if stage.positions is None else x + F.embedding(place, stage.positions)
+        return x if stage.positions is None else x + look_up(place, stage.positions)
 
     def looks_from(self, where: Patches) -> Tensor:
         """The first byte that each one's local position looks at, (b, t): `cross_patch` before its patch."""

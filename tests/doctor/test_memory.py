@@ -16,7 +16,7 @@ import yaml
 
 from mbtrain.config import Config, load
 from mbtrain.doctor import memory
-from mbtrain.model import build, layers
+from mbtrain.model import build, kernels, layers
 from mbtrain.model.flops import count
 from mbtrain.model.loss import nats
 from mbtrain.model.sparing import spare
@@ -29,6 +29,20 @@ STAGES = [
 
 
 LOCAL = tiny.STAGES[2][1]
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula is of plain torch, as on a GPU."""
+    monkeypatch.setattr(kernels, "rounds", lambda x: False)
+
+
+@pytest.mark.parametrize("seq_len", [64, 2048])
+def test_the_kernels_of_a_cpu_keep_less(seq_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.make(2, "modern", seq_len, model={"stages": STAGES}, train={"precision": "bf16", "zero_stage": 1})
+    plain = kept_by_torch(settings, rows=2)
+    monkeypatch.undo()
+    assert kept_by_torch(settings, rows=2) <= plain
 
 
 def kept_by_torch(settings: Config, rows: int) -> int:

@@ -6,15 +6,13 @@ pytest tests/model/test_native.py
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mbtrain.model import native
+from mbtrain.model import compiled, native
 from mbtrain.model.decode import Decoder
 from mbtrain.sample import Sampling, generate
 from tests import tiny
@@ -150,6 +148,7 @@ def test_other_precisions_go_through_torch(dtype: torch.dtype) -> None:
 def test_without_compiler_torch_does_it(change: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in change.items():
         monkeypatch.setenv(name, value)
+    compiled.library.cache_clear()
     native.library.cache_clear()
     try:
         assert native.library() is None
@@ -157,34 +156,8 @@ def test_without_compiler_torch_does_it(change: dict[str, str], monkeypatch: pyt
         assert len(generate(model_of(), [b"ab"], 9, Sampling(), ends=False)[0]) == 9
     finally:
         monkeypatch.undo()
+        compiled.library.cache_clear()
         native.library.cache_clear()
-
-
-def test_the_library_is_built_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler = shutil.which("cc")
-    assert compiler
-    built = native.built(compiler)
-    assert [path.name for path in (tmp_path / "mbtrain").iterdir()] == [built.name]
-    made = built.stat().st_mtime_ns
-    assert native.built(compiler) == built
-    assert built.stat().st_mtime_ns == made
-    assert built.parent.stat().st_mode & 0o077 == 0, "nobody else puts a library there"
-
-
-def test_a_library_that_is_cut_off_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = native.built(str(shutil.which("cc")))
-    path.write_bytes(path.read_bytes()[:1000])
-    assert native.library.__wrapped__() is not None
-    assert path.stat().st_size > 1000
-
-
-def test_another_users_library_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.built(str(shutil.which("cc")))
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert native.library.__wrapped__() is None
 
 
 def test_an_id_that_is_no_byte_is_refused() -> None:

@@ -261,7 +261,7 @@ def test_trains_in_bf16(weights: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
         logits = model(ids)
     nats(logits, ids).mean().backward()
-    assert (logits.float() - exact).abs().max() < 0.15
+    assert (logits.float() - exact).norm() < 0.025 * exact.norm()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
