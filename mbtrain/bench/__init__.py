@@ -12,6 +12,7 @@ from mbtrain.bench.length import length
 from mbtrain.bench.overhead import deepspeed
 from mbtrain.bench.quality import quality
 from mbtrain.bench.recipe import recipe
+from mbtrain.bench.roofline import roofline
 from mbtrain.bench.saving import saving
 from mbtrain.bench.sequence import sequence
 from mbtrain.bench.training import train
@@ -26,5 +27,6 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "saving": saving,
     "sequence": sequence,
     "length": length,
+    "roofline": roofline,
     "claims": claims,
 }

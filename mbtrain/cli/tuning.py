@@ -239,6 +239,8 @@ def bench(*what: str, json: str = "", **options: str) -> None:
     Measures against MEGABYTE-pytorch 0.3.6 in an environment of its own (launch/peer.sh makes it and prints PYTHON).
 
       train      training bytes/s, same shape, batch and data, interleaved, medians
+                 --threads=N --ranks=N       also as so many ranks that share the threads             (1; 1)
+      roofline   each part of the model, forward and backward, against operations and bytes over what is reached here
       quality    bits per byte after equal minutes, the peer by its own script's recipe
       generate   bytes/s of one sequence of 1,024 bytes and of a batch, interleaved, medians
                  --batch=N --prompt-bytes=N  rows of the batch (32); also the time to the first byte after such a prompt

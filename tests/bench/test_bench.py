@@ -227,3 +227,46 @@ def test_a_bare_loop_refuses_a_model_that_trains_spans_of_rows() -> None:
     settings = tiny.make(1, model={"kind": "perceiver_ar", "latents": 8, "stages": tiny.STAGES[1]})
     with pytest.raises(ConfigError, match=r"model\.kind: got perceiver_ar"):
         own.bare_step(settings, build(settings))
+
+
+def test_the_roofline_counts_what_the_model_counts(tmp_path: Path, shards: Path) -> None:
+    path = tiny_file(tmp_path, shards)
+    figures = VERBS["roofline"](config=str(path), rounds="1")
+    settings = config.load(path)
+    counted = count(settings)
+    step_bytes = settings.train.global_batch_size * settings.data.seq_len
+    project = 3 * sum(stage.project for stage in counted.stages)  # between stages: no part of them
+    expected = (counted.training_per_byte - project) * step_bytes
+    assert figures["whole"]["flops"] == pytest.approx(expected, rel=1e-6)
+    assert [*figures["parts"]][-1] == "logits and loss"
+    for part in figures["parts"].values():
+        assert part["mfu"] <= part["of_floor"]
+        assert part["seconds"] > 0
+
+
+def test_the_roofline_is_of_megabyte_in_bf16_or_fp32(tmp_path: Path, shards: Path) -> None:
+    path = tiny_file(tmp_path, shards)
+    with pytest.raises(ConfigError, match=r"expected model.kind=megabyte"):
+        VERBS["roofline"](config=str(other(path)), rounds="1")
+
+
+def other(path: Path) -> Path:
+    """The same configuration in fp16."""
+    changed = path.with_name("fp16.yaml")
+    changed.write_text(path.read_text().replace("precision: fp32", "precision: fp16"))
+    return changed
+
+
+def test_ranks_take_their_rows_of_the_batch_and_lose_as_much(tmp_path: Path, shards: Path) -> None:
+    settings = config.load(tiny_file(tmp_path, shards))
+    measure.write_rows(settings, tmp_path, 4096)
+    with measure.own_worker(settings, "engine", tmp_path, 1) as alone:
+        with measure.own_ranks(settings, 2, tmp_path, 1) as together:
+            for _ in range(3):
+                lost = [ask("steps", n=2)["loss_nats"] for ask in (alone, together)]
+                assert lost[0] == pytest.approx(lost[1], abs=1e-5)
+
+
+def test_ranks_share_threads_evenly() -> None:
+    with pytest.raises(ConfigError, match=r"--ranks=2: expected a divisor of --threads=3"):
+        VERBS["train"](threads="3", ranks="2")
