@@ -85,6 +85,7 @@ PATHS: dict[str, tuple[dict[str, Any], float]] = {
     "bf16, four micro-steps": ({"precision": "bf16", "micro_batch_size": 2}, 0.02),
     "bf16, in chunks": ({"precision": "bf16", "chunk_bytes": 128}, 0.02),
     "bf16, stage 2": ({"precision": "bf16", "zero_stage": 2}, 0.02),
+    "bf16, stage 3": ({"precision": "bf16", "zero_stage": 3}, 0.02),
     "autocast": ({"precision": "autocast"}, 0.02),
 }
 
