@@ -110,7 +110,7 @@ STOREYS = [
     {"mbtrain.data.rows", "mbtrain.data.mixture", "mbtrain.data.loader", "mbtrain.data.opening"},
     {"mbtrain.data.windows", "mbtrain.data.words"},
     {"mbtrain.model.compiled"},
-    {"mbtrain.model.kernels"},
+    {"mbtrain.model.cpu_kernels"},
     {"mbtrain.model.sequence", "mbtrain.model.flops", "mbtrain.model.loss", "mbtrain.model.patching"},
     {"mbtrain.model.mup", "mbtrain.model.chunks"},
     {"mbtrain.model.layers"},

@@ -109,7 +109,7 @@ def activations(
 ) -> tuple[float, float]:
     """(what the forward pass of `micro` rows leaves for the backward pass on one rank, the largest tensors beside it).
 
-    As plain torch does it; the kernels of model/kernels.py (bf16 on a CPU) keep less.
+    As plain torch does it; the kernels of model/cpu_kernels.py (bf16 on a CPU) keep less.
     The copies of the weights that autocast makes are not counted here. unit_bytes: as in flops.count. Of a row in
     chunks (train.chunk_bytes) what follows the coarsest stage keeps nothing, and all that it makes for one chunk stands
     beside what is kept.

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mbtrain import vocab
 from mbtrain.config import InitConfig, ModelConfig
-from mbtrain.model import kernels
+from mbtrain.model import cpu_kernels
 from mbtrain.model.mup import ROLES, Rule, branch_multiplier, query_multiplier, rule
 from mbtrain.model.sequence import WHOLE, Attend, Part
 
@@ -113,7 +113,7 @@ def pad(width: int, base: int, config: ModelConfig) -> nn.Parameter:
 
 def look_up(ids: Tensor, table: Tensor) -> Tensor:
     """Rows of a table (v, d) by number: ids (...) -> (..., d)."""
-    return kernels.embedding(ids, table) if kernels.rounds(table) else F.embedding(ids, table)
+    return cpu_kernels.embedding(ids, table) if cpu_kernels.rounds(table) else F.embedding(ids, table)
 
 
 def bias_of(width: int, base: int, config: ModelConfig, depth: float = 1.0) -> nn.Parameter | None:
@@ -135,9 +135,9 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         alike = self.gain is None or self.gain.dtype == x.dtype  # not under autocast
-        if alike and kernels.ready(x, x.shape[-1]):
-            return kernels.norm(x, self.gain, self.bias, self.rms)
-        if alike and kernels.rounds(x) and self.gain is not None:
+        if alike and cpu_kernels.ready(x, x.shape[-1]):
+            return cpu_kernels.norm(x, self.gain, self.bias, self.rms)
+        if alike and cpu_kernels.rounds(x) and self.gain is not None:
             # Torch's own norm would add up the gain's gradient in bf16, a product's gradient it sums in fp32.
             y = self.plain(x, None, None) * self.gain
             return y if self.bias is None else y + self.bias
@@ -360,12 +360,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv(x)
         start = self.part.index * x.shape[1] if cache is None else cache.done
-        if kernels.ready(qkv, self.d_head):
+        if cpu_kernels.ready(qkv, self.d_head):
             angles = kept_angles(start, x.shape[1], self.d_head) if self.rotary else None
             how = self.n_heads, angles, self.qk_norm, self.query_multiplier
             if self._in_one_pass(x.shape[1]) and cache is None and mask is None:
-                return cast(Tensor, self.out(kernels.attention(qkv, *how)))
-            q, k, v = kernels.turned(qkv, *how)
+                return cast(Tensor, self.out(cpu_kernels.attention(qkv, *how)))
+            q, k, v = cpu_kernels.turned(qkv, *how)
         else:
             q, k, v = self.turned(qkv, start)
         if cache is not None:
@@ -386,7 +386,7 @@ class Attention(nn.Module):
         return cast(Tensor, self.out(rearrange(mixed, "b h t c -> b t (h c)")))
 
     def turned(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, h, t, c) of positions from start on, as they meet: kernels.turned in torch."""
+        """Queries, keys and values (b, h, t, c) of positions from start on: cpu_kernels.turned in torch."""
         q, k, v = rearrange(qkv, "b t (n h c) -> n b h t c", n=3, h=self.n_heads)
         if self.qk_norm:
             q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
@@ -401,7 +401,7 @@ class Attention(nn.Module):
     def _in_one_pass(self, t: int) -> bool:
         """Whether t positions are few, and look at all before them in their own sequence and nowhere else."""
         dropped = self.training and self.dropout > 0
-        short = t <= min(kernels.LONGEST, self.window or t)
+        short = t <= min(cpu_kernels.LONGEST, self.window or t)
         return short and not dropped and not self.cross_patch and self.attend is attend
 
 
@@ -427,8 +427,8 @@ def activate(x: Tensor, kind: str) -> Tensor:
         gate, value = x.chunk(2, dim=-1)
         return F.silu(gate) * value
     if kind == "relu2":
-        if kernels.ready(x, x.shape[-1]):
-            return kernels.relu2(x)
+        if cpu_kernels.ready(x, x.shape[-1]):
+            return cpu_kernels.relu2(x)
         return F.relu(x).square()
     if kind == "gelu":
         return F.gelu(x)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mbtrain.model import kernels
+from mbtrain.model import cpu_kernels
 
 
 def nats(logits: Tensor, ids: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def nats(logits: Tensor, ids: Tensor) -> Tensor:
     if logits.ndim == 2:
         return logits if logits.dtype.itemsize >= 4 else logits.float()
     flat, targets = rearrange(logits, "b t v -> (b t) v"), rearrange(ids, "b t -> (b t)")
-    if kernels.ready(flat):
-        return kernels.nats(flat, targets).view(ids.shape)
+    if cpu_kernels.ready(flat):
+        return cpu_kernels.nats(flat, targets).view(ids.shape)
     flat = flat if flat.dtype.itemsize >= 4 else flat.float()
     return F.cross_entropy(flat, targets, reduction="none").view(ids.shape)

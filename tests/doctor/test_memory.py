@@ -16,7 +16,7 @@ import yaml
 
 from mbtrain.config import Config, load
 from mbtrain.doctor import memory
-from mbtrain.model import build, kernels, layers
+from mbtrain.model import build, cpu_kernels, layers
 from mbtrain.model.flops import count
 from mbtrain.model.loss import nats
 from mbtrain.model.sparing import spare
@@ -34,7 +34,7 @@ LOCAL = tiny.STAGES[2][1]
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula is of plain torch, as on a GPU."""
-    monkeypatch.setattr(kernels, "rounds", lambda x: False)
+    monkeypatch.setattr(cpu_kernels, "rounds", lambda x: False)
 
 
 @pytest.mark.parametrize("seq_len", [64, 2048])

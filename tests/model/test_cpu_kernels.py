@@ -1,6 +1,6 @@
 """The C between matrix products gives what exact arithmetic gives on the same bf16 numbers, forward and backward.
 
-pytest tests/model/test_kernels.py
+pytest tests/model/test_cpu_kernels.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbtrain.model import compiled, kernels
+from mbtrain.model import compiled, cpu_kernels
 from mbtrain.model.layers import attend, kept_angles, look_up, rotate
 from mbtrain.model.loss import nats
 from tests import tiny
@@ -87,12 +87,12 @@ def test_norm(shape: tuple[int, ...], given: str, threads: int) -> None:
     def exact(x: Tensor, gain: Tensor | None, bias: Tensor | None) -> tuple[Tensor]:
         return (F.rms_norm(x, (d,), gain, 1e-5) if rms else F.layer_norm(x, (d,), gain, bias, 1e-5),)
 
-    agree(lambda *given: (kernels.norm(*given, rms),), exact, [random(*shape), gain, bias])
+    agree(lambda *given: (cpu_kernels.norm(*given, rms),), exact, [random(*shape), gain, bias])
 
 
 @needs_compiler
 def test_relu2(threads: int) -> None:
-    agree(lambda x: (kernels.relu2(x),), lambda x: (F.relu(x).square(),), [random(9, 7, 16)])
+    agree(lambda x: (cpu_kernels.relu2(x),), lambda x: (F.relu(x).square(),), [random(9, 7, 16)])
 
 
 @needs_compiler
@@ -101,24 +101,24 @@ def test_nats(v: int, threads: int) -> None:
     ids = torch.arange(40) % v
     logits = random(40, v, scale=4.0)
     if v == 1:
-        assert torch.equal(kernels.nats(logits.detach().bfloat16(), ids), torch.zeros(40))
+        assert torch.equal(cpu_kernels.nats(logits.detach().bfloat16(), ids), torch.zeros(40))
         return
-    agree(lambda x: (kernels.nats(x, ids),), lambda x: (F.cross_entropy(x, ids, reduction="none"),), [logits])
+    agree(lambda x: (cpu_kernels.nats(x, ids),), lambda x: (F.cross_entropy(x, ids, reduction="none"),), [logits])
 
 
 @needs_compiler
 def test_nats_of_uniform_logits_are_exact() -> None:
     ids = torch.arange(256)
-    assert torch.allclose(kernels.nats(torch.zeros(256, 256).bfloat16(), ids), torch.tensor(256.0).log(), rtol=1e-7)
+    assert torch.allclose(cpu_kernels.nats(torch.zeros(256, 256).bfloat16(), ids), torch.tensor(256.0).log(), rtol=1e-7)
     far = torch.full((1, 256), -1e30).bfloat16()
     far[0, 3] = 0
-    assert float(kernels.nats(far, torch.tensor([3]))) == 0.0
+    assert float(cpu_kernels.nats(far, torch.tensor([3]))) == 0.0
 
 
 @pytest.mark.parametrize("d", [16, 48, 24])
 def test_embedding(d: int, threads: int) -> None:
     ids = torch.randint(0, 20, (50, 60), generator=torch.Generator().manual_seed(3))
-    agree(lambda x: (kernels.embedding(ids, x),), lambda x: (F.embedding(ids, x),), [random(21, d)])
+    agree(lambda x: (cpu_kernels.embedding(ids, x),), lambda x: (F.embedding(ids, x),), [random(21, d)])
 
 
 HEADS = {
@@ -150,7 +150,7 @@ def test_attention(name: str, whole: bool, qk_norm: bool, turns: bool, threads: 
 
     def own(qkv: Tensor) -> tuple[Tensor, ...]:
         how = (h, angles, qk_norm, 0.75)
-        return (kernels.attention(qkv, *how),) if whole else kernels.turned(qkv, *how)
+        return (cpu_kernels.attention(qkv, *how),) if whole else cpu_kernels.turned(qkv, *how)
 
     agree(own, exact, [random(4, t, 3 * h * c)])
 
@@ -159,21 +159,21 @@ def test_attention(name: str, whole: bool, qk_norm: bool, turns: bool, threads: 
 def test_what_is_not_a_number_stays_none() -> None:
     x = torch.randn(4, 16).bfloat16()
     x[1, 3] = torch.nan
-    for out in (kernels.norm(x, None, None, False), kernels.relu2(x)):
+    for out in (cpu_kernels.norm(x, None, None, False), cpu_kernels.relu2(x)):
         assert out.isnan().any(dim=1).tolist() == [False, True, False, False]
-    assert kernels.nats(x, torch.zeros(4, dtype=torch.int64)).isnan().tolist() == [False, True, False, False]
+    assert cpu_kernels.nats(x, torch.zeros(4, dtype=torch.int64)).isnan().tolist() == [False, True, False, False]
     qkv = torch.randn(2, 4, 48).bfloat16()
     qkv[1, 2, 20] = torch.nan  # of a key
-    out = kernels.attention(qkv, 1, None, True, 1.0)
+    out = cpu_kernels.attention(qkv, 1, None, True, 1.0)
     assert out.isnan().any(dim=-1).tolist() == [[False] * 4, [False, False, True, True]]
     top = torch.tensor([3.4e38, -3.4e38, torch.inf, 0.0] * 4).bfloat16()
-    assert torch.equal(kernels.relu2(top), F.relu(top).square())
+    assert torch.equal(cpu_kernels.relu2(top), F.relu(top).square())
 
 
 @needs_compiler
 def test_an_id_that_is_no_class_has_no_nats_and_touches_nothing() -> None:
     logits = torch.zeros(3, 16).bfloat16().requires_grad_()
-    out = kernels.nats(logits, torch.tensor([0, 16, -1]))
+    out = cpu_kernels.nats(logits, torch.tensor([0, 16, -1]))
     assert out.isnan().tolist() == [False, True, True]
     out[0].backward()
     assert logits.grad is not None

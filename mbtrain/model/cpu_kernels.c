@@ -1,10 +1,10 @@
 /* What a block does between its matrix products, forward and backward, of bf16 on a CPU: one pass over memory in place
-   of torch's many, all sums in fp32. kernels.py compiles it and puts it into torch's graph.
+   of torch's many, all sums in fp32. cpu_kernels.py compiles it and puts it into torch's graph.
 
    Legend: n rows · d features · b sequences · t positions · h heads · c features of a head · v classes
 
    A bf16 is the upper half of a float. d and c are multiples of 16. Work is shared by OpenMP's threads (torch's own), by
-   rows or by sequences; what is summed over rows is summed by each thread for itself and then by kernels.py. */
+   rows or by sequences; what is summed over rows is summed by each thread for itself and then by cpu_kernels.py. */
 
 #include <omp.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-"""kernels.c in torch's graph: norms, attention inside patches, relu2, loss and embedding of bf16 tensors on a CPU.
+"""cpu_kernels.c in torch's graph: norms, attention inside patches, relu2, loss and embedding of bf16 tensors on a CPU.
 
 Each gives what torch's own operations give, in one pass with fp32 inside, so it is nearer to the exact result: torch
 rounds between operations, and adds up the gradients of norms' gains and of embeddings in bf16 (off by 25 % at 65,536
@@ -51,7 +51,7 @@ def rounds(x: Tensor) -> bool:
 
 
 def _library() -> ctypes.CDLL | None:
-    return compiled.library("kernels", "-fopenmp")
+    return compiled.library("cpu_kernels", "-fopenmp")
 
 
 def norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, rms: bool) -> Tensor:
@@ -92,7 +92,7 @@ def attention(
 
 
 def _run(name: str, *values: Tensor | Heads | int | None) -> None:
-    """Call a function of kernels.c; the number of threads is added where no Heads has it."""
+    """Call a function of cpu_kernels.c; the number of threads is added where no Heads has it."""
     given: list[Any] = [
         c_int64(value)
         if isinstance(value, int)
@@ -186,7 +186,7 @@ class _Embedding(torch.autograd.Function):
 def _heads(
     qkv: Tensor, h: int, angles: tuple[Tensor, Tensor] | None, qk_norm: bool, query_multiplier: float
 ) -> tuple[Heads, list[Tensor]]:
-    """How kernels.c is told, and the tensors that it points to."""
+    """How cpu_kernels.c is told, and the tensors that it points to."""
     b, t, width = qkv.shape
     c = width // (3 * h)
     kept = [] if angles is None else [angle.to("cpu", torch.float32).contiguous() for angle in angles]
