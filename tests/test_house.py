@@ -109,6 +109,8 @@ STOREYS = [
     {"mbtrain.render", "mbtrain.request"},
     {"mbtrain.data.rows", "mbtrain.data.mixture", "mbtrain.data.loader", "mbtrain.data.opening"},
     {"mbtrain.data.windows", "mbtrain.data.words"},
+    {"mbtrain.model.kernels"},
+    {"mbtrain.model.fused"},
     {"mbtrain.model.sequence", "mbtrain.model.flops", "mbtrain.model.loss", "mbtrain.model.patching"},
     {"mbtrain.model.mup", "mbtrain.model.chunks"},
     {"mbtrain.model.layers"},

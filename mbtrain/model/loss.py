@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mbtrain.model import fused
+
 
 def nats(logits: Tensor, ids: Tensor) -> Tensor:
     """-ln p(ids) under logits: (b, t, v), (b, t) -> (b, t) in float32 at least (float64 stays float64).
@@ -14,8 +16,13 @@ def nats(logits: Tensor, ids: Tensor) -> Tensor:
 
     Nothing is left out and nothing averaged here: every id, byte 0 included, has its loss; masks come later.
     """
-    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     if logits.ndim == 2:
-        return logits
-    flat = rearrange(logits, "b t v -> (b t) v")
-    return F.cross_entropy(flat, rearrange(ids, "b t -> (b t)"), reduction="none").view(ids.shape)
+        return _wide(logits)
+    flat, wanted = rearrange(logits, "b t v -> (b t) v"), rearrange(ids, "b t -> (b t)")
+    if fused.takes_logits(flat):
+        return fused.nats(flat, wanted).view(ids.shape)
+    return F.cross_entropy(_wide(flat), wanted, reduction="none").view(ids.shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype.itemsize >= 4 else x.float()
