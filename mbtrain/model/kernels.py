@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOGITS_OF_A_TILE = 4096  # 8 rows of 512: 32 values a thread
-# Positions of a tile of attention, 6 sequences of 5. Compiled for sm_90 in bf16, 4 warps and heads 64 wide, the backward
-# pass takes 64 registers and no stack; with tiles of 64 it takes 138, and 254 and stack for heads 128 wide.
+# Positions of a tile of attention, 6 sequences of 5. Compiled for sm_90 in bf16 with 4 warps and heads 64 wide, the
+# backward pass takes 64 registers and no stack; with tiles of 64 it takes 138, and 254 and stack for heads 128 wide.
 TILE_ROWS = 32
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 

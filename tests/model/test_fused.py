@@ -39,7 +39,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.skipif(not FOUND or INTERPRETED, reason="no Triton here, or inside the process that it starts")
 def test_in_a_process_with_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
