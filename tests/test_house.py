@@ -114,7 +114,7 @@ STOREYS = [
     {"mbtrain.model.sequence", "mbtrain.model.flops", "mbtrain.model.loss", "mbtrain.model.patching"},
     {"mbtrain.model.mup", "mbtrain.model.chunks"},
     {"mbtrain.model.layers"},
-    {"mbtrain.model.native"},
+    {"mbtrain.model.native", "mbtrain.model.captured"},
     {
         "mbtrain.model.megabyte",
         "mbtrain.model.perceiver",
