@@ -293,9 +293,10 @@ class Engine:
         self.marks.zero_()
         return marks
 
-    def step(self, lr_factor: float, skip: bool = False) -> float:
+    def step(self, lr_factor: float, skip: bool = False) -> float | Tensor:
         """The optimizer step that ends a global batch; returns the gradient's norm before clipping.
 
+        On a GPU that is a tensor: to read it is to wait for the update, and meanwhile the next step can be launched.
         Called once after every micro-step's backward; DeepSpeed acts on the last. In between returns 0.
         skip: the gradients are dropped and nothing is updated.
         """
@@ -312,6 +313,8 @@ class Engine:
         if self.ema and not skip and not getattr(self.engine.optimizer, "overflow", False):
             self._update_ema()
         norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
+        if isinstance(norm, Tensor) and norm.is_cuda:
+            return norm
         return float(norm) if norm is not None else float("nan")
 
     def loss_scale(self) -> float:
