@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -41,7 +41,8 @@ class _Section(BaseModel):
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would read true as the number 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("a value that is neither true nor false")
         return value
 
@@ -432,7 +433,8 @@ class TrainConfig(_Section):
                                   in the backward pass: a row's logits are never there at once. None: rows (or a rank's
                                   part of them) of 256 KiB or more in chunks of 32 KiB, shorter ones whole. As many as
                                   a row has: whole
-    compile                       torch.compile the blocks; off: on CPU it gained 5 % for a minute and a half of waiting
+    compile                       torch.compile the blocks. None: on a GPU, where rows always have the same shapes and
+                                  ZeRO leaves weights whole; not on CPU, where it gained 5 % for a minute and a half
     sequence_parallel             ranks that share each row, every one with its own patches: activations a rank fall in
                                   proportion. The coarsest stage exchanges heads for positions (Ulysses)
     lost_after_s                  a rank that has given no sign of life for so long is lost, and all others stop
@@ -449,7 +451,7 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "autocast", "fp16"] = "bf16"
     activation_checkpointing: bool = False
     chunk_bytes: Positive | None = None
-    compile: bool = False
+    compile: bool | None = None
     sequence_parallel: Positive = 1
     lost_after_s: Annotated[float, Field(ge=5)] = 60.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

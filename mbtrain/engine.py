@@ -32,7 +32,8 @@ from mbtrain.config import Config, batch_shape
 from mbtrain.errors import PeersError
 from mbtrain.model import Model
 from mbtrain.model.chunks import InChunks
-from mbtrain.model.layers import Transformer, attend, role_of, rule_of
+from mbtrain.model.compiling import compile_blocks, is_compiled
+from mbtrain.model.layers import attend, role_of, rule_of
 from mbtrain.model.sequence import Part, by_head, by_position
 from mbtrain.model.sparing import spare
 from mbtrain.schedule import ema_decay
@@ -252,11 +253,9 @@ class Engine:
         # What is kept of each parameter, by name: it is the group's.
         self.kinds = {self.names[id(p)]: optimizer.kinds(group) for group in groups for p in group["params"]}
         spare(model, config)
-        if config.train.compile:
-            for module in model.modules():
-                if isinstance(module, Transformer):
-                    for block in module.blocks:
-                        block.compile()
+        self._compiled = is_compiled(config, ranks.device)
+        if self._compiled:
+            compile_blocks(model)
         model.to(ranks.device)
         deepspeed = import_deepspeed()
         self.engine, *_ = deepspeed.initialize(
@@ -331,9 +330,10 @@ class Engine:
         self.marks.zero_()
         return marks
 
-    def step(self, lr_factor: float, skip: bool = False) -> float:
+    def step(self, lr_factor: float, skip: bool = False) -> float | Tensor:
         """The optimizer step that ends a global batch; returns the gradient's norm before clipping.
 
+        On a GPU that is a tensor: to read it is to wait for the update, and meanwhile the next step can be launched.
         Called once after every micro-step's backward; DeepSpeed acts on the last. In between returns 0.
         skip: the gradients are dropped and nothing is updated.
         """
@@ -350,6 +350,8 @@ class Engine:
         if self.ema and not skip and not getattr(self.engine.optimizer, "overflow", False):
             self._update_ema()
         norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
+        if isinstance(norm, Tensor) and norm.is_cuda:
+            return norm
         return float(norm) if norm is not None else float("nan")
 
     def loss_scale(self) -> float:
@@ -411,11 +413,13 @@ class Engine:
     def evaluating(self, last: bool = False) -> Iterator[None]:
         """Inside, the model is in eval mode and computes with the weights that are evaluated. Collective.
 
-        last: with those that are trained, where averages are evaluated.
+        last: with those that are trained, where averages are evaluated. What is compiled for training is not used here:
+        ragged last batches and prompts would each make it compile anew.
         """
         self.module.eval()
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         try:
-            with self._averages() if self.averages and not last else nullcontext():
+            with eager, self._averages() if self.averages and not last else nullcontext():
                 yield
         finally:
             self.module.train()

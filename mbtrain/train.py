@@ -146,7 +146,8 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
             stopped = sums.stop
             over = share_done(settings, progress, last_step) >= 1 or stopped
             if progress.step % settings.log.every_steps == 0 or over:
-                session.report(now, window, progress, lr_factor=factor, grad_norm=norm, done=done, flops=training_flops)
+                numbers = {"lr_factor": factor, "grad_norm": float(norm), "done": done, "flops": training_flops}
+                session.report(now, window, progress, **numbers)
                 window = session.Window(progress, now.saver.held_s)
             if over:
                 break
@@ -189,7 +190,7 @@ def _accumulate(now: Session, progress: Progress, shape: Shape, feed: Iterator[B
             mine.targets += _targets(batch, span)
             mine.predicted_bytes += int(_real(batch)[:, span or slice(None)].sum())
             mine.rows_digest += batch.digest
-        ids = torch.from_numpy(batch.ids[:, :seen]).to(device, non_blocking=True).long()
+        ids = _sent(batch.ids[:, :seen], device).long()
         # Dropout's numbers follow from the step alone, so a resumed run draws the same ones.
         torch.manual_seed(mix_numbers(now.settings.train.seed, progress.step, micro_step, now.ranks.rank))
         each = nats(engine(ids), ids[:, columns])
@@ -216,12 +217,12 @@ def share_done(settings: Config, progress: Progress, last_step: int | None) -> f
     return max(shares)
 
 
-def _noise(settings: Config, known: list[float], sums: Sums, norm: float, parts: int) -> list[float]:
+def _noise(settings: Config, known: list[float], sums: Sums, norm: float | Tensor, parts: int) -> list[float]:
     """What Progress.noise is after a step; as it was where it is not asked for."""
     if not settings.log.noise_scale:
         return known
     rows = settings.train.global_batch_size
-    return noise_scale.smoothed(known, noise_scale.estimated(sums.part_squares, norm**2, parts, rows))
+    return noise_scale.smoothed(known, noise_scale.estimated(sums.part_squares, float(norm) ** 2, parts, rows))
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -255,7 +256,13 @@ def _counted(batch: Batch, columns: slice, like: Tensor) -> Tensor:
     """1.0 for each id that counts, 0.0 for filling, (b, t)."""
     if batch.mask is None:
         return torch.ones_like(like)
-    return torch.from_numpy(batch.mask[:, columns]).to(like.device, like.dtype)
+    return _sent(batch.mask[:, columns], like.device).to(like.dtype)
+
+
+def _sent(content: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device; on a GPU without waiting for what it is at, as only pinned memory can be copied."""
+    tensor = torch.from_numpy(content)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _agree(now: Session, progress: Progress, mine: Step) -> Sums:

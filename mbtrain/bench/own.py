@@ -13,6 +13,7 @@ Rows come from a file of raw bytes, so that both sides train on the same ones.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from mbtrain.config import Config
 from mbtrain.data.order import mix_numbers
 from mbtrain.errors import ConfigError
 from mbtrain.model import Model, build, native
+from mbtrain.model.compiling import compile_blocks, is_compiled
 from mbtrain.model.loss import nats
 from mbtrain.schedule import lr_factor
 
@@ -43,8 +45,9 @@ def engine_step(settings: Config, ranks: engine.Ranks) -> tuple[Step, Callable[[
     done = [0]
 
     def step(ids: Tensor, factor: float) -> float:
-        lost = torch.zeros((), dtype=torch.float64)
-        for micro_step, part in enumerate(ids.chunk(wrapped.readers)[wrapped.reader].split(wrapped.micro)):
+        lost = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        mine = ids.chunk(wrapped.readers)[wrapped.reader].to(ranks.device)
+        for micro_step, part in enumerate(mine.split(wrapped.micro)):
             torch.manual_seed(mix_numbers(settings.train.seed, done[0], micro_step, ranks.rank))
             each = nats(wrapped(part), part)
             wrapped.backward(each.mean())
@@ -95,7 +98,7 @@ def bare_step(settings: Config, model: Model) -> tuple[Step, Callable[[], None]]
 
     def step(ids: Tensor, factor: float) -> float:
         lost = 0.0
-        for part in ids.split(micro):
+        for part in ids.to(params[0].device).split(micro):
             loss = nats(model(part), part).mean() / accumulation
             loss.backward()
             lost += float(loss.detach())
@@ -135,14 +138,21 @@ def handlers(settings: Config, mode: str, train_file: str) -> Handlers:
     ranks = engine.start()  # in every other mode, too: threads, denormals and memory are then the same
     torch.manual_seed(settings.train.seed)
     if mode == "generate":
-        return _generating(build(settings).eval())
+        return _generating(build(settings).eval().to(ranks.device))
     if mode == "bare":
-        return _training(settings, train_file, bare_step(settings, build(settings))[0], None)
-    return _training(settings, train_file, *engine_step(settings, ranks))
+        model = build(settings).to(ranks.device)
+        if is_compiled(settings, ranks.device):
+            compile_blocks(model)
+        return _training(settings, train_file, ranks.device, bare_step(settings, model)[0], None)
+    return _training(settings, train_file, ranks.device, *engine_step(settings, ranks))
 
 
 def _training(
-    settings: Config, train_file: str, step: Step, weights: Callable[[], dict[str, Tensor]] | None
+    settings: Config,
+    train_file: str,
+    device: torch.device,
+    step: Step,
+    weights: Callable[[], dict[str, Tensor]] | None,
 ) -> Handlers:
     rows, seq_len = settings.train.global_batch_size, settings.data.seq_len
     done = [0]
@@ -157,7 +167,10 @@ def _training(
 
     def steps(n: int) -> dict[str, Any]:
         """n optimizer steps."""
-        return {"loss_nats": [advance(0.0) for _ in range(n)][-1]}
+        losses = [advance(0.0) for _ in range(n)]
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the last update
+        return {"loss_nats": losses[-1]}
 
     def train(seconds: float, by: str) -> dict[str, Any]:
         """Train until so many seconds of a clock are over; the LR follows the share of them."""
@@ -171,24 +184,22 @@ def _training(
         assert weights is not None
         model = build(settings)
         model.load_state_dict(weights())
-        model.eval()
+        model.eval().to(device)
         summed = 0.0
         with torch.inference_mode():
             for number in range(windows):
-                ids = torch.from_numpy(rows_at(path, number, 1, seq_len))
+                ids = torch.from_numpy(rows_at(path, number, 1, seq_len)).to(device)
                 summed += float(nats(model(ids), ids).double().sum())
         return {"nats": summed, "bytes": windows * seq_len}
 
     def peaks() -> dict[str, Any]:
-        """The most operations per second that products reach here and now, by precision."""
-        return {
-            "bf16": hardware.measured_peak(torch.bfloat16),
-            "fp32": hardware.measured_peak(torch.float32),
-        }
+        """The most operations per second that products reach here and now, by precision; a GPU's by its data sheet."""
+        return {precision: hardware.peak_flops(device, precision) or math.nan for precision in ("bf16", "fp32")}
 
     def most() -> dict[str, Any]:
-        """The most memory that this process has held."""
-        return {"peak_bytes": memory("VmHWM")}
+        """The most memory that this process has held; on a GPU, there."""
+        held = hardware.peak_memory_bytes(device) if device.type == "cuda" else memory("VmHWM")
+        return {"peak_bytes": held}
 
     made: Handlers = {"steps": steps, "train": train, "peaks": peaks, "memory": most}
     if weights is not None:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbtrain.model import native
+from mbtrain.model import captured, native
 from mbtrain.model.layers import (
     NORM_EPS,
     Block,
@@ -129,7 +129,8 @@ class Decoder:
     """Incremental logits of a batch of rows of equal length, equal to the full forward pass on the same bytes.
 
     When a row reaches the model's seq_len, the decoder goes on from its last seq_len / 2 bytes as a new row.
-    compiled: single bytes go through native.c where it covers the model; else all through torch.
+    compiled: single bytes go through native.c or, on a GPU, captured.py, where they cover the model; else all through
+    torch.
     """
 
     def __init__(self, model: Megabyte, batch: int, compiled: bool = True):
@@ -153,10 +154,11 @@ class Decoder:
         ]
         self.outputs: list[Tensor | None] = [None] * len(self.stages)
         self.parents = [-1] * len(self.stages)
+        parts = (model, self.ids, self.stages, self.caches, self.angles)
         library = native.library() if compiled and native.covers(model) else None
-        self.native = (
-            native.Native(library, model, self.ids, self.stages, self.caches, self.angles) if library else None
-        )
+        self.native: native.Native | captured.Captured | None = native.Native(library, *parts) if library else None
+        if compiled and captured.covers(model):
+            self.native = captured.Captured(*parts)
 
     @torch.inference_mode()
     def feed(self, ids: Tensor) -> Tensor:

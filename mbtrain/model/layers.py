@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mbtrain import vocab
 from mbtrain.config import InitConfig, ModelConfig
-from mbtrain.model import cpu_kernels
+from mbtrain.model import cpu_kernels, fused
 from mbtrain.model.mup import ROLES, Rule, branch_multiplier, query_multiplier, rule
 from mbtrain.model.sequence import WHOLE, Attend, Part
 
@@ -262,6 +262,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None 
     A mask (b, 1, t, s), True where a position may look, stands in place of plain causality and includes it.
     """
     t, s = q.shape[2], k.shape[2]
+    if mask is None and dropout == 0 and fused.takes_patches(q, k):
+        return fused.attend(q, k, v)
     if q.device.type == "cpu" and s <= _PLAIN_ATTENTION_MAX_T:
         return attend_plainly(q, k, v, dropout, mask)
     if mask is not None:

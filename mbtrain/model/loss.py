@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mbtrain.model import cpu_kernels
+from mbtrain.model import cpu_kernels, fused
 
 
 def nats(logits: Tensor, ids: Tensor) -> Tensor:
@@ -17,9 +17,14 @@ def nats(logits: Tensor, ids: Tensor) -> Tensor:
     Nothing is left out and nothing averaged here: every id, byte 0 included, has its loss; masks come later.
     """
     if logits.ndim == 2:
-        return logits if logits.dtype.itemsize >= 4 else logits.float()
-    flat, targets = rearrange(logits, "b t v -> (b t) v"), rearrange(ids, "b t -> (b t)")
+        return _wide(logits)
+    flat, wanted = rearrange(logits, "b t v -> (b t) v"), rearrange(ids, "b t -> (b t)")
+    if fused.takes_logits(flat):
+        return fused.nats(flat, wanted).view(ids.shape)
     if cpu_kernels.ready(flat):
-        return cpu_kernels.nats(flat, targets).view(ids.shape)
-    flat = flat if flat.dtype.itemsize >= 4 else flat.float()
-    return F.cross_entropy(flat, targets, reduction="none").view(ids.shape)
+        return cpu_kernels.nats(flat, wanted).view(ids.shape)
+    return F.cross_entropy(_wide(flat), wanted, reduction="none").view(ids.shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype.itemsize >= 4 else x.float()
