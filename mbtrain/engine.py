@@ -623,7 +623,8 @@ def _slurm_tasks_here() -> int:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without what it costs to start: it would import mlflow (2 s) and build a CPU kernel nobody uses."""
+    """DeepSpeed without what it costs to start: it would import mlflow (2 s) and torch's compiler (2 s), and build a
+    CPU kernel, which nobody uses."""
     if "deepspeed" in sys.modules:
         return sys.modules["deepspeed"]
     if not torch.cuda.is_available():
@@ -637,6 +638,13 @@ def import_deepspeed() -> Any:
         if missing:
             del sys.modules["mlflow"]
     _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO asks whether an optimizer is DeepSpeed's own Muon, whose module has torch.compile import all of inductor.
+    compiler = _import("deepspeed.runtime.compiler")
+    compiling, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        _import("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiling
     _import("deepspeed.utils").logger.setLevel(logging.WARNING)
     _import("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS.extend(optim.CLASSES)  # or it warns
     # DeepSpeed calls torch.distributed by names that this torch renames; nobody here can act on it.
@@ -649,8 +657,8 @@ def import_deepspeed() -> Any:
 def import_all() -> None:
     """Import what the first Engine would, for processes that are forked from this one."""
     import_deepspeed()
-    for name in ("runtime.zero.muon.original_muon", "runtime.zero.stage_1_and_2", "runtime.zero.stage3"):
-        _import(f"deepspeed.{name}")
+    for name in ("stage_1_and_2", "stage3"):
+        _import(f"deepspeed.runtime.zero.{name}")
 
 
 def _import(name: str) -> Any:

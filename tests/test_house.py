@@ -125,6 +125,7 @@ STOREYS = [
         "mbtrain.hardware",
     },
     {"mbtrain.model.sparing"},
+    {"mbtrain.optim.eager"},
     {"mbtrain.optim", "mbtrain.optim.adamw", "mbtrain.optim.muon", "mbtrain.optim.schedule_free"},
     {"mbtrain.evaluate", "mbtrain.modes", "mbtrain.engine", "mbtrain.watch", "mbtrain.units", "mbtrain.agreement"},
     {"mbtrain.sample", "mbtrain.export", "mbtrain.saving", "mbtrain.compress", "mbtrain.evaluation"},
