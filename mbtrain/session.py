@@ -35,6 +35,7 @@ from mbtrain.redact import redact
 from mbtrain.saving import Saver
 from mbtrain.shards import load_manifest
 from mbtrain.signals import STOPPING, handled
+from mbtrain.startup import Startup
 from mbtrain.units import measured_unit_bytes
 
 STOP_FILE = "stop"  # RUN/stop, made by anybody, ends the run as SIGTERM does
@@ -75,6 +76,7 @@ class Session:
     stopping: list[int]
     saver: Saver
     shipper: subprocess.Popen[bytes] | None
+    startup: Startup
     unwritten: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     watching: watch.Watch | None = None
@@ -108,7 +110,10 @@ def opened(settings: Config, run: Path, resume: bool, alone: bool = True) -> Ite
     A rank that is lost, or that fails alone, ends all of them with exit status 75 and its name.
     """
     stopping: list[int] = []
+    startup = Startup()
+    startup.done("imports")
     ranks = start()
+    startup.done("ranks_met")
     ours = False
 
     def last_words(verdict: str) -> None:
@@ -130,7 +135,8 @@ def opened(settings: Config, run: Path, resume: bool, alone: bool = True) -> Ite
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
             settings = on_all_ranks(lambda: _as_taken_up(settings, run))
             ours = True
-            yield replace(_begin(settings, run, ranks, sources, found, stopping, alone), watching=watching)
+            startup.done("data")
+            yield replace(_begin(settings, run, ranks, sources, found, stopping, startup, alone), watching=watching)
     except Exception as error:
         if ranks.rank == 0 and ours:
             _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
@@ -159,6 +165,14 @@ def last_step(settings: Config, mixed: Mixture, progress: Progress, training_flo
             "raise epochs, or leave it out of one source"
         )
     return last if asked is None else asked
+
+
+def begun(now: Session) -> None:
+    """After each step; of the first one it is said how long after its begin the process has made it."""
+    if "step" not in now.startup.parts:
+        now.startup.done("step")
+        if now.ranks.rank == 0:
+            say(now.run, f"first step {now.startup}")
 
 
 def report(
@@ -193,6 +207,7 @@ def report(
         "progress/minutes": progress.elapsed_s / 60,
         **({"perf/save_wait_s": now.saver.held_s - window.held_s} if now.saver.held_s > window.held_s else {}),
         **_realised_mix(now, progress),
+        **(now.startup.metrics() if since.step == now.progress.step else {}),  # the first report of this process
     }
     if settings.log.noise_scale and (noise := in_rows(progress.noise)) is not None:
         values["optim/noise_scale"] = noise
@@ -482,6 +497,7 @@ def _begin(
     sources: tuple[list[Opened], list[Opened]],
     found: Checkpoint | None,
     stopping: list[int],
+    startup: Startup,
     alone: bool,
 ) -> Session:
     train_sources, val_sources = sources
@@ -499,9 +515,11 @@ def _begin(
     if found:
         _load(engine, found)
     saver = Saver(run, settings, engine)
+    startup.done("engine")
     # Beside others, what this process could reach cannot be measured; a GPU is its own.
     measurable = alone or ranks.device.type == "cuda"
     peak = hardware.peak_flops(ranks.device, settings.train.precision) if measurable else None
+    startup.done("peak")
     shipper = None
     if ranks.rank == 0:
         environment = hardware.environment(ranks.device, ranks.ranks)
@@ -533,6 +551,7 @@ def _begin(
             say(run, line)
         if mixed.end is not None and config.step_limit(settings, counted.training_per_byte) is None:
             say(run, f"data: the sources have been read as often as they may be after step {steps}: the run ends there")
+    startup.done("tracking")
     return Session(
         settings,
         run,
@@ -546,6 +565,7 @@ def _begin(
         stopping,
         saver,
         shipper,
+        startup,
         alone=alone,
     )
 

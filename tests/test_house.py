@@ -84,7 +84,16 @@ def test_leaves_and_data_prep_know_no_torch() -> None:
 
 # Below first: a room imports only rooms named before it. `bench` and `cli` stand on everything.
 STOREYS = [
-    {"mbtrain", "mbtrain.errors", "mbtrain.redact", "mbtrain.vocab", "mbtrain.metrics", "mbtrain.media", "mbtrain.log"},
+    {
+        "mbtrain",
+        "mbtrain.errors",
+        "mbtrain.redact",
+        "mbtrain.vocab",
+        "mbtrain.metrics",
+        "mbtrain.media",
+        "mbtrain.log",
+        "mbtrain.startup",
+    },
     {"mbtrain.config", "mbtrain.shards", "mbtrain.command", "mbtrain.plots", "mbtrain.media.containers"},
     {
         "mbtrain.hosts",
