@@ -79,6 +79,7 @@ class Session:
     startup: Startup
     unwritten: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
+    log_wait_s: list[float] = field(default_factory=list)  # of the report before, what training waited for it
     watching: watch.Watch | None = None
     alone: bool = True
 
@@ -183,6 +184,14 @@ def report(
     train/loss_nats and train/bpb are exact over what was predicted; progress/bytes and perf/bytes_per_s count what was
     read, which is more where a model is trained on a span of each row; progress/flops and perf/mfu are what both cost.
     """
+    began = time.perf_counter()
+    _report(now, window, progress, lr_factor=lr_factor, grad_norm=grad_norm, done=done, flops=flops)
+    now.log_wait_s[:] = [time.perf_counter() - began]
+
+
+def _report(
+    now: Session, window: Window, progress: Progress, *, lr_factor: float, grad_norm: float, done: float, flops: float
+) -> None:
     memory = max(gathered(hardware.peak_memory_bytes(now.ranks.device)))
     if now.ranks.rank != 0:
         return
@@ -205,6 +214,7 @@ def report(
         "progress/flops": progress.step * row_ids * flops,
         "progress/epoch": progress.position / sum(source.stream.ids_per_epoch for source in now.mixture.sources),
         "progress/minutes": progress.elapsed_s / 60,
+        **({"perf/log_wait_s": now.log_wait_s[0]} if now.log_wait_s else {}),
         **({"perf/save_wait_s": now.saver.held_s - window.held_s} if now.saver.held_s > window.held_s else {}),
         **_realised_mix(now, progress),
         **(now.startup.metrics() if since.step == now.progress.step else {}),  # the first report of this process
@@ -237,6 +247,7 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
         if now.ranks.rank == 0:
             key = "val/bpb" if limit_bytes is None else "val/partial_bpb"
             where = {"progress/bytes": progress.bytes, "progress/minutes": progress.elapsed_s / 60}
+            where["perf/eval_s"] = time.perf_counter() - began
             beside = {} if last is None else last.metrics(key.replace("/", "/last_"))
             record(now, progress.step, {**scored.metrics(key), **beside, **where})
             part = "whole split" if limit_bytes is None else "first part"
@@ -289,12 +300,14 @@ def sample(now: Session, progress: Progress) -> None:
     A prompt file that is gone meanwhile or a full disk is said, and the run goes on.
     """
     with now.clock.resting():
+        began = time.perf_counter()
         weights = dict(now.engine.weights())
         if now.ranks.rank == 0:
             try:
                 _write_samples(now, weights, progress.step)
             except (OSError, ConfigError) as error:
                 say(now.run, f"step {progress.step} · NOT sampled: {error}")
+            record(now, progress.step, {"perf/sample_s": time.perf_counter() - began})
         from_rank_0(None)  # the others wait
 
 
