@@ -34,7 +34,7 @@ from mbtrain.model import Model
 from mbtrain.model.chunks import InChunks
 from mbtrain.model.layers import Transformer, attend, role_of, rule_of
 from mbtrain.model.sequence import Part, by_head, by_position
-from mbtrain.model.sparing import spare
+from mbtrain.model.sparing import scoring, spare
 from mbtrain.schedule import ema_decay
 
 UNDECAYED = ("embedding", "tied", "position", "pad", "gain", "bias")
@@ -372,13 +372,16 @@ class Engine:
 
     @contextmanager
     def evaluating(self, last: bool = False) -> Iterator[None]:
-        """Inside, the model is in eval mode and computes with the weights that are evaluated. Collective.
+        """Inside, the model is in eval mode, gives nats (sparing.scoring), and has the weights that are evaluated.
 
-        last: with those that are trained, where averages are evaluated.
+        Collective. last: with those that are trained, where averages are evaluated.
         """
         self.module.eval()
         try:
-            with self._averages() if self.averages and not last else nullcontext():
+            with (
+                scoring(self.module, self.config),
+                self._averages() if self.averages and not last else nullcontext(),
+            ):
                 yield
         finally:
             self.module.train()
