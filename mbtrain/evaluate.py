@@ -157,6 +157,19 @@ def loaded(
     return model.to(device).eval()
 
 
+def share_of_validation(settings: Config, sources: Sequence[Opened]) -> float:
+    """What validating in between takes, as a share of the time of training, by operations: a forward pass is a third.
+
+    0.0 where there is none in between. With optim.ema it is made twice.
+    """
+    asked, train = settings.eval, settings.train
+    if asked.every_steps is None:
+        return 0.0
+    split_bytes = sum(source.stream.bytes_per_epoch for source in sources)
+    scored = min(split_bytes, asked.limit_bytes or split_bytes) * (1 if settings.optim.ema is None else 2)
+    return scored / (3 * asked.every_steps * train.global_batch_size * settings.data.seq_len)
+
+
 def names_of(sources: Sequence[Opened]) -> list[str]:
     """What scores are told apart by: the sources of a mixture, or those that the only one was prepared from."""
     return [source.name for source in sources] if len(sources) > 1 else sources[0].split.source_names

@@ -38,6 +38,7 @@ from mbtrain.signals import STOPPING, handled
 from mbtrain.startup import Startup
 from mbtrain.units import measured_unit_bytes
 
+MOST_VALIDATION = 0.1  # of training's time; where it takes more, that is said
 STOP_FILE = "stop"  # RUN/stop, made by anybody, ends the run as SIGTERM does
 
 
@@ -562,6 +563,12 @@ def _begin(
         say(run, _headline(settings, counted, ranks, environment, peak))
         for line in _source_lines(mixed):
             say(run, line)
+        if (share := evaluate.share_of_validation(settings, val_sources)) > MOST_VALIDATION:
+            say(
+                run,
+                f"eval: validation every {settings.eval.every_steps} steps takes some {share:.0%} of training's time; "
+                "a larger eval.every_steps or a smaller eval.limit_bytes takes less",
+            )
         if mixed.end is not None and config.step_limit(settings, counted.training_per_byte) is None:
             say(run, f"data: the sources have been read as often as they may be after step {steps}: the run ends there")
     startup.done("tracking")
