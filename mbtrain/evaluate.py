@@ -95,7 +95,7 @@ def score(
     unread: DataError | None = None
     ids_in_all = sum(source.stream.ids_per_epoch for source in sources)
     documents_before = 0
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what ZeRO-3 gathers in here may stay, and training goes on with it
         for number, source in enumerate(sources):
             stream = source.stream
             limit = None if limit_bytes is None else math.ceil(limit_bytes * stream.ids_per_epoch / ids_in_all)
