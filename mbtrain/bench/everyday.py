@@ -44,7 +44,7 @@ def everyday(
     found = {
         "step_s": statistics.median(_values(lines, "perf/step_s")),
         "log_s": statistics.median(_values(lines, "perf/log_wait_s")),
-        "save_s": sum(_values(lines, "perf/save_wait_s")),
+        "save_s": sum(line.get("perf/save_wait_s", 0.0) for line in lines),  # begun and named in different reports
         "eval_s": max(_values(lines, "perf/eval_s")),
         "sample_s": max(_values(lines, "perf/sample_s")),
     }
