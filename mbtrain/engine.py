@@ -35,7 +35,7 @@ from mbtrain.model.chunks import InChunks
 from mbtrain.model.compiling import compile_blocks, is_compiled
 from mbtrain.model.layers import attend, role_of, rule_of
 from mbtrain.model.sequence import Part, by_head, by_position
-from mbtrain.model.sparing import spare
+from mbtrain.model.sparing import scoring, spare
 from mbtrain.schedule import ema_decay
 
 UNDECAYED = ("embedding", "tied", "position", "pad", "gain", "bias")
@@ -411,15 +411,19 @@ class Engine:
 
     @contextmanager
     def evaluating(self, last: bool = False) -> Iterator[None]:
-        """Inside, the model is in eval mode and computes with the weights that are evaluated. Collective.
+        """Inside, the model is in eval mode, gives nats (sparing.scoring), and has the weights that are evaluated.
 
-        last: with those that are trained, where averages are evaluated. What is compiled for training is not used here:
-        ragged last batches and prompts would each make it compile anew.
+        Collective. last: with those that are trained, where averages are evaluated. What is compiled for training is
+        not used here: ragged last batches and prompts would each make it compile anew.
         """
         self.module.eval()
         eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         try:
-            with eager, self._averages() if self.averages and not last else nullcontext():
+            with (
+                eager,
+                scoring(self.module, self.config),
+                self._averages() if self.averages and not last else nullcontext(),
+            ):
                 yield
         finally:
             self.module.train()
@@ -664,7 +668,8 @@ def _slurm_tasks_here() -> int:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without what it costs to start: it would import mlflow (2 s) and build a CPU kernel nobody uses."""
+    """DeepSpeed without what it costs to start: it would import mlflow (2 s) and torch's compiler (2 s), and build a
+    CPU kernel, which nobody uses."""
     if "deepspeed" in sys.modules:
         return sys.modules["deepspeed"]
     if not torch.cuda.is_available():
@@ -678,6 +683,13 @@ def import_deepspeed() -> Any:
         if missing:
             del sys.modules["mlflow"]
     _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO asks whether an optimizer is DeepSpeed's own Muon, whose module has torch.compile import all of inductor.
+    compiler = _import("deepspeed.runtime.compiler")
+    compiling, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        _import("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiling
     _import("deepspeed.utils").logger.setLevel(logging.WARNING)
     _import("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS.extend(optim.CLASSES)  # or it warns
     # DeepSpeed calls torch.distributed by names that this torch renames; nobody here can act on it.
@@ -690,8 +702,8 @@ def import_deepspeed() -> Any:
 def import_all() -> None:
     """Import what the first Engine would, for processes that are forked from this one."""
     import_deepspeed()
-    for name in ("runtime.zero.muon.original_muon", "runtime.zero.stage_1_and_2", "runtime.zero.stage3"):
-        _import(f"deepspeed.{name}")
+    for name in ("stage_1_and_2", "stage3"):
+        _import(f"deepspeed.runtime.zero.{name}")
 
 
 def _import(name: str) -> Any:

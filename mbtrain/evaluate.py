@@ -95,7 +95,7 @@ def score(
     unread: DataError | None = None
     ids_in_all = sum(source.stream.ids_per_epoch for source in sources)
     documents_before = 0
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what ZeRO-3 gathers in here may stay, and training goes on with it
         for number, source in enumerate(sources):
             stream = source.stream
             limit = None if limit_bytes is None else math.ceil(limit_bytes * stream.ids_per_epoch / ids_in_all)
@@ -155,6 +155,19 @@ def loaded(
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{found.path}: does not fit {run}/config.yaml: {reason}") from error
     return model.to(device).eval()
+
+
+def share_of_validation(settings: Config, sources: Sequence[Opened]) -> float:
+    """What validating in between takes, as a share of the time of training, by operations: a forward pass is a third.
+
+    0.0 where there is none in between. With optim.ema it is made twice.
+    """
+    asked, train = settings.eval, settings.train
+    if asked.every_steps is None:
+        return 0.0
+    split_bytes = sum(source.stream.bytes_per_epoch for source in sources)
+    scored = min(split_bytes, asked.limit_bytes or split_bytes) * (1 if settings.optim.ema is None else 2)
+    return scored / (3 * asked.every_steps * train.global_batch_size * settings.data.seq_len)
 
 
 def names_of(sources: Sequence[Opened]) -> list[str]:

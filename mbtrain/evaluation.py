@@ -26,7 +26,7 @@ from mbtrain.data.opening import Opened, open_sources
 from mbtrain.data.words import count_words
 from mbtrain.engine import Ranks, total
 from mbtrain.evaluate import Details, Score, loaded, names_of, score
-from mbtrain.model.sparing import spare
+from mbtrain.model.sparing import scoring, spare
 from mbtrain.modes import must_allow, must_keep_frames, must_resemble
 
 FEW_DOCUMENTS = 20  # whose interval is known to be too narrow
@@ -177,7 +177,7 @@ def _opened(
         model = model.to(torch.bfloat16 if precision == "bf16" else torch.float16)
 
     def logits_of(ids: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+        with scoring(model, settings), torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
             out: Tensor = model(ids)
             return out
 

@@ -35,8 +35,10 @@ from mbtrain.redact import redact
 from mbtrain.saving import Saver
 from mbtrain.shards import load_manifest
 from mbtrain.signals import STOPPING, handled
+from mbtrain.startup import Startup
 from mbtrain.units import measured_unit_bytes
 
+MOST_VALIDATION = 0.1  # of training's time; where it takes more, that is said
 STOP_FILE = "stop"  # RUN/stop, made by anybody, ends the run as SIGTERM does
 
 
@@ -75,8 +77,10 @@ class Session:
     stopping: list[int]
     saver: Saver
     shipper: subprocess.Popen[bytes] | None
+    startup: Startup
     unwritten: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
+    log_wait_s: list[float] = field(default_factory=list)  # of the report before, what training waited for it
     watching: watch.Watch | None = None
     alone: bool = True
 
@@ -108,7 +112,10 @@ def opened(settings: Config, run: Path, resume: bool, alone: bool = True) -> Ite
     A rank that is lost, or that fails alone, ends all of them with exit status 75 and its name.
     """
     stopping: list[int] = []
+    startup = Startup()
+    startup.done("imports")
     ranks = start()
+    startup.done("ranks_met")
     ours = False
 
     def last_words(verdict: str) -> None:
@@ -130,7 +137,8 @@ def opened(settings: Config, run: Path, resume: bool, alone: bool = True) -> Ite
             found = on_rank_0(lambda: _take_up(settings, run, resume, ranks, data_hash(sources[0]), held), ranks)
             settings = on_all_ranks(lambda: _as_taken_up(settings, run))
             ours = True
-            yield replace(_begin(settings, run, ranks, sources, found, stopping, alone), watching=watching)
+            startup.done("data")
+            yield replace(_begin(settings, run, ranks, sources, found, stopping, startup, alone), watching=watching)
     except Exception as error:
         if ranks.rank == 0 and ours:
             _write_status(run, "FAILED", str(error) if isinstance(error, MbtrainError) else repr(error))
@@ -161,6 +169,14 @@ def last_step(settings: Config, mixed: Mixture, progress: Progress, training_flo
     return last if asked is None else asked
 
 
+def begun(now: Session) -> None:
+    """After each step; of the first one it is said how long after its begin the process has made it."""
+    if "step" not in now.startup.parts:
+        now.startup.done("step")
+        if now.ranks.rank == 0:
+            say(now.run, f"first step {now.startup}")
+
+
 def report(
     now: Session, window: Window, progress: Progress, *, lr_factor: float, grad_norm: float, done: float, flops: float
 ) -> None:
@@ -169,6 +185,14 @@ def report(
     train/loss_nats and train/bpb are exact over what was predicted; progress/bytes and perf/bytes_per_s count what was
     read, which is more where a model is trained on a span of each row; progress/flops and perf/mfu are what both cost.
     """
+    began = time.perf_counter()
+    _report(now, window, progress, lr_factor=lr_factor, grad_norm=grad_norm, done=done, flops=flops)
+    now.log_wait_s[:] = [time.perf_counter() - began]
+
+
+def _report(
+    now: Session, window: Window, progress: Progress, *, lr_factor: float, grad_norm: float, done: float, flops: float
+) -> None:
     memory = max(gathered(hardware.peak_memory_bytes(now.ranks.device)))
     if now.ranks.rank != 0:
         return
@@ -191,8 +215,10 @@ def report(
         "progress/flops": progress.step * row_ids * flops,
         "progress/epoch": progress.position / sum(source.stream.ids_per_epoch for source in now.mixture.sources),
         "progress/minutes": progress.elapsed_s / 60,
+        **({"perf/log_wait_s": now.log_wait_s[0]} if now.log_wait_s else {}),
         **({"perf/save_wait_s": now.saver.held_s - window.held_s} if now.saver.held_s > window.held_s else {}),
         **_realised_mix(now, progress),
+        **(now.startup.metrics() if since.step == now.progress.step else {}),  # the first report of this process
     }
     if settings.log.noise_scale and (noise := in_rows(progress.noise)) is not None:
         values["optim/noise_scale"] = noise
@@ -222,6 +248,7 @@ def validate(now: Session, progress: Progress, *, limit_bytes: int | None) -> fl
         if now.ranks.rank == 0:
             key = "val/bpb" if limit_bytes is None else "val/partial_bpb"
             where = {"progress/bytes": progress.bytes, "progress/minutes": progress.elapsed_s / 60}
+            where["perf/eval_s"] = time.perf_counter() - began
             beside = {} if last is None else last.metrics(key.replace("/", "/last_"))
             record(now, progress.step, {**scored.metrics(key), **beside, **where})
             part = "whole split" if limit_bytes is None else "first part"
@@ -274,12 +301,14 @@ def sample(now: Session, progress: Progress) -> None:
     A prompt file that is gone meanwhile or a full disk is said, and the run goes on.
     """
     with now.clock.resting():
+        began = time.perf_counter()
         weights = dict(now.engine.weights())
         if now.ranks.rank == 0:
             try:
                 _write_samples(now, weights, progress.step)
             except (OSError, ConfigError) as error:
                 say(now.run, f"step {progress.step} · NOT sampled: {error}")
+            record(now, progress.step, {"perf/sample_s": time.perf_counter() - began})
         from_rank_0(None)  # the others wait
 
 
@@ -482,6 +511,7 @@ def _begin(
     sources: tuple[list[Opened], list[Opened]],
     found: Checkpoint | None,
     stopping: list[int],
+    startup: Startup,
     alone: bool,
 ) -> Session:
     train_sources, val_sources = sources
@@ -499,9 +529,11 @@ def _begin(
     if found:
         _load(engine, found)
     saver = Saver(run, settings, engine)
+    startup.done("engine")
     # Beside others, what this process could reach cannot be measured; a GPU is its own.
     measurable = alone or ranks.device.type == "cuda"
     peak = hardware.peak_flops(ranks.device, settings.train.precision) if measurable else None
+    startup.done("peak")
     shipper = None
     if ranks.rank == 0:
         environment = hardware.environment(ranks.device, ranks.ranks)
@@ -531,8 +563,15 @@ def _begin(
         say(run, _headline(settings, counted, ranks, environment, peak))
         for line in _source_lines(mixed):
             say(run, line)
+        if (share := evaluate.share_of_validation(settings, val_sources)) > MOST_VALIDATION:
+            say(
+                run,
+                f"eval: validation every {settings.eval.every_steps} steps takes some {share:.0%} of training's time; "
+                "a larger eval.every_steps or a smaller eval.limit_bytes takes less",
+            )
         if mixed.end is not None and config.step_limit(settings, counted.training_per_byte) is None:
             say(run, f"data: the sources have been read as often as they may be after step {steps}: the run ends there")
+    startup.done("tracking")
     return Session(
         settings,
         run,
@@ -546,6 +585,7 @@ def _begin(
         stopping,
         saver,
         shipper,
+        startup,
         alone=alone,
     )
 

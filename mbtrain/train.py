@@ -129,6 +129,7 @@ def _loop(now: Session, progress: Progress) -> tuple[Progress, bool]:
                 _stop_if_told_so(settings, progress, trouble)
             factor = of_batch * lr_factor(settings.optim, progress.step - 1, done)
             norm = engine.step(factor, skip=bool(trouble))
+            session.begun(now)
             if trouble:
                 progress = session.skip(now, progress, trouble, loss_nats)
             else:

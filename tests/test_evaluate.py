@@ -557,3 +557,17 @@ def test_windows_do_not_begin_inside_a_frame(patch: int, mode: str, wrong: bool)
             must_keep_frames(settings, sources, mode)
     else:
         must_keep_frames(settings, sources, mode)
+
+
+def test_the_share_of_validation_is_that_of_its_operations() -> None:
+    """A forward pass is a third of a step's operations by byte; with averages it is made twice."""
+    split = split_of([b"a" * 480])
+    sources = [Opened("one", split, Stream(split, boundary=True, seed=None))]
+
+    def share(**sections: Any) -> float:
+        return evaluate.share_of_validation(tiny.make(2, **sections), sources)  # rows of 32 bytes, 4 of them a step
+
+    assert share() == 0
+    assert share(eval={"every_steps": 10}) == pytest.approx(480 / 3 / (10 * 4 * 32))
+    assert share(eval={"every_steps": 10, "limit_bytes": 48}) == pytest.approx(48 / 3 / (10 * 4 * 32))
+    assert share(eval={"every_steps": 10}, optim={"ema": 0.1}) == pytest.approx(2 * 480 / 3 / (10 * 4 * 32))

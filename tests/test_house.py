@@ -84,7 +84,16 @@ def test_leaves_and_data_prep_know_no_torch() -> None:
 
 # Below first: a room imports only rooms named before it. `bench` and `cli` stand on everything.
 STOREYS = [
-    {"mbtrain", "mbtrain.errors", "mbtrain.redact", "mbtrain.vocab", "mbtrain.metrics", "mbtrain.media", "mbtrain.log"},
+    {
+        "mbtrain",
+        "mbtrain.errors",
+        "mbtrain.redact",
+        "mbtrain.vocab",
+        "mbtrain.metrics",
+        "mbtrain.media",
+        "mbtrain.log",
+        "mbtrain.startup",
+    },
     {"mbtrain.config", "mbtrain.shards", "mbtrain.command", "mbtrain.plots", "mbtrain.media.containers"},
     {
         "mbtrain.hosts",
@@ -127,6 +136,7 @@ STOREYS = [
         "mbtrain.hardware",
     },
     {"mbtrain.model.sparing", "mbtrain.model.compiling"},
+    {"mbtrain.optim.eager"},
     {"mbtrain.optim", "mbtrain.optim.adamw", "mbtrain.optim.muon", "mbtrain.optim.schedule_free"},
     {"mbtrain.evaluate", "mbtrain.modes", "mbtrain.engine", "mbtrain.watch", "mbtrain.units", "mbtrain.agreement"},
     {"mbtrain.sample", "mbtrain.export", "mbtrain.saving", "mbtrain.compress", "mbtrain.evaluation"},

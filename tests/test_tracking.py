@@ -526,3 +526,29 @@ def test_ui_is_local_and_serves_the_default_store(tmp_path: Path, monkeypatch: p
 def test_importing_it_imports_nothing_heavy() -> None:
     code = "import sys, mbtrain.tracking; sys.exit(bool({'mlflow', 'torch', 'matplotlib', 'yaml'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_shipper_leaves_a_core_to_the_trainer_although_its_session_is_its_own() -> None:
+    """Under autogroups two sessions share a core evenly, whatever the niceness of the processes in them."""
+    try:
+        if Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() != "1":
+            pytest.skip("no autogroups here: niceness counts by itself")
+    except FileNotFoundError:
+        pytest.skip("no autogroups in this kernel")
+    core = min(os.sched_getaffinity(0))
+    burn = (
+        f"import os, time; os.sched_setaffinity(0, {{{core}}})\n"
+        f"while time.monotonic() < {time.monotonic() + 0.5}: time.sleep(0.01)\n"
+        "began = time.process_time()\n"
+        f"while time.monotonic() < {time.monotonic() + 1.5}: pass\n"
+        "print(time.process_time() - began)"
+    )
+    behind = f"from mbtrain.tracking import stand_back; stand_back()\n{burn}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        for program in (burn, behind)
+    ]
+    trainer_s, shipper_s = (float(process.communicate()[0]) for process in processes)
+    assert trainer_s > 3 * shipper_s  # 10 times, by the kernel's table

@@ -7,6 +7,7 @@ from typing import Any
 
 from mbtrain.bench.claims import claims
 from mbtrain.bench.data import data
+from mbtrain.bench.everyday import everyday
 from mbtrain.bench.generation import generate
 from mbtrain.bench.length import length
 from mbtrain.bench.overhead import deepspeed
@@ -15,6 +16,7 @@ from mbtrain.bench.recipe import recipe
 from mbtrain.bench.roofline import roofline
 from mbtrain.bench.saving import saving
 from mbtrain.bench.sequence import sequence
+from mbtrain.bench.start import start
 from mbtrain.bench.training import train
 
 VERBS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -25,6 +27,8 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "recipe": recipe,
     "data": data,
     "saving": saving,
+    "start": start,
+    "everyday": everyday,
     "sequence": sequence,
     "length": length,
     "roofline": roofline,

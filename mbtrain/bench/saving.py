@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-from mbtrain import config as configuration
-from mbtrain import metrics
 from mbtrain.bench import measure
+from mbtrain.bench.launching import trained
 from mbtrain.command import no_unknown, number
 from mbtrain.config import Config
-from mbtrain.errors import MbtrainError
 
 _WARM_UP = 3  # steps at the start of each training that do not count
 
@@ -72,27 +64,10 @@ def saving(
 
 def _steps(settings: Config, every: int | None, ranks: int, threads: int) -> tuple[list[float], list[float]]:
     """Seconds of each step after the warm-up, without waits; and the waits for checkpoints."""
-    with tempfile.TemporaryDirectory() as folder:
-        run, path = Path(folder) / "run", Path(folder) / "config.yaml"
-        path.write_text(configuration.to_yaml(settings), encoding="utf-8")
-        options = ["--checkpoint.every_minutes=null", "--log.every_steps=1", "--log.mlflow=false"]
-        options += [f"--checkpoint.every_steps={every or 'null'}"]
-        options += ["--train.steps=1000000"]  # it is told to stop
-        command = [sys.executable, "-m", "mbtrain", "train", str(path), f"--run={run}", *options]
-        meeting = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(threads)}
-        meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": measure.free_port()}
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(ranks)]
-        with (Path(folder) / "stderr").open("ab") as errors:
-            processes = [subprocess.Popen(command, env={**os.environ, **place}, stderr=errors) for place in places]
-        wanted = settings.train.steps or 0
-        while ((metrics.last(run / "metrics.jsonl") or {}).get("step", 0)) < wanted:
-            if any(process.poll() is not None for process in processes):
-                said = (Path(folder) / "stderr").read_text(encoding="utf-8", errors="replace").strip()
-                raise MbtrainError(f"bench saving: the training ended early: {said.splitlines()[-1] if said else ''}")
-            time.sleep(0.1)
-        (run / "stop").touch()  # spares the score of the whole split
-        for process in processes:
-            process.wait()
-        lines = [line for line in metrics.read(run / "metrics.jsonl") if "perf/step_s" in line]
+    options = ["--checkpoint.every_minutes=null", "--log.every_steps=1", "--log.mlflow=false"]
+    options += [f"--checkpoint.every_steps={every or 'null'}"]
+    wanted = settings.train.steps or 0
+    lines = trained(settings, options, until=wanted, ranks=ranks, threads=threads).lines
+    lines = [line for line in lines if "perf/step_s" in line]
     counted = [line for line in lines if _WARM_UP < line["step"] < wanted]
     return [line["perf/step_s"] for line in counted], [line.get("perf/save_wait_s", 0.0) for line in counted]

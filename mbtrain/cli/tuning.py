@@ -247,6 +247,10 @@ def bench(*what: str, json: str = "", **options: str) -> None:
                  --peer-bytes=N              forward passes at N lengths in place of the peer's whole minute
       deepspeed  a step under DeepSpeed ZeRO-1 against the same step in a bare torch loop
       saving     what checkpoints cost a training that goes on while they are written
+      start      the help's time; from a launch to the end of the first step, and where it goes
+                 --ranks=N --launcher=deepspeed,torchrun,none   how it is launched, in turn           (2; deepspeed)
+      everyday   what a training waits for reports, checkpoints, validation and samples, and what share of it they are
+                 --steps=N   of the training, which does each of them half-way                          (100)
       sequence   memory and time of one long row, forward and backward, on 1, 2 and 4 ranks that share it
                  --seq=BYTES --ranks=1,2,4   the row, and on how many ranks           (65536; all three)
                  --steps=N   steps that are timed, after the first, whose memory is measured         (2)

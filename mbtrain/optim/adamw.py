@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mbtrain.optim.eager import Eager
 
-class AdamW(torch.optim.AdamW):
+
+class AdamW(Eager, torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) that, while paused, makes no step: DeepSpeed then clears its gradients."""
 
     paused = False
@@ -30,6 +33,10 @@ class AdamW(torch.optim.AdamW):
         """The weights that are evaluated, of any stretch of the weights and of the state by kind: the same."""
         return weights
 
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update, or none."""
-        return None if self.paused else super().step(closure)
+        return None if self.paused else _STEP(self, closure)
+
+
+_STEP = inspect.unwrap(torch.optim.AdamW.step)  # see Eager

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbtrain.optim.eager import Eager
 
-class ScheduleFree(torch.optim.Optimizer):
+
+class ScheduleFree(Eager):
     """Parameters are y. `lr`, the rate that all groups' rates are multiples of, is to be set before each step."""
 
     paused = False

@@ -12,13 +12,10 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # "is there a GPU?" is answer
 
 import einops._torch_specific  # noqa: F401
 import pyarrow.parquet  # noqa: F401
-import torch
-import torch._dynamo  # with the first optimizer
 
 from mbtrain import engine, train  # noqa: F401
 from mbtrain.sweep import child  # noqa: F401
 
 engine.import_all()
-torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 gc.collect()
 gc.freeze()  # so that a trial's collections leave these pages alone, and they stay shared

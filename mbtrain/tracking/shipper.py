@@ -441,6 +441,11 @@ def stand_back() -> None:
     """Yield to trainers in everything: processor time, and memory, of which little is needed."""
     with contextlib.suppress(OSError):
         os.nice(10)
+    if os.getsid(0) == os.getpid():
+        # Under autogroups (sched(7)) niceness counts among the processes of one session; sessions share evenly, so a
+        # shipper would take half of a core from a trainer of its own session.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text("10", encoding="ascii")
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     with contextlib.suppress(OSError, ValueError):
