@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mbtrain.config import Config
+from mbtrain.model import fused
 from mbtrain.model.layers import Transformer
 
 # A long row's chunks come in two lengths, with and without gradients, in each finer stage: torch's 8 are too few.
@@ -35,6 +36,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     import torch._dynamo  # seconds, for those who compile
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    fused.settle_for_compiler()
     for module in model.modules():
         if isinstance(module, Transformer):
             for block in module.blocks:

@@ -30,10 +30,15 @@ def _found() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wanted(device: str) -> bool:
     """Whether work on this kind of device is for the kernels, which are then known to torch."""
     return (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _found()
+
+
+def settle_for_compiler() -> None:
+    """Tell torch.compile that the choice never changes. Not at import: that would load the compiler, seconds of it."""
+    global _wanted
+    _wanted = torch.compiler.assume_constant_result(_wanted)
 
 
 def _runs(x: Tensor) -> bool:

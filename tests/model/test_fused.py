@@ -124,6 +124,7 @@ def test_a_whole_model(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, name, counted(getattr(fused, name), name, calls))
     if how == "compiled":
         torch.compiler.reset()
+        fused.settle_for_compiler()
         for stage in model.stages:
             for block in stage.transformer.blocks:
                 block.compile(backend="aot_eager", fullgraph=True)
