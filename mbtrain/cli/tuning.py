@@ -240,7 +240,7 @@ def bench(*what: str, json: str = "", **options: str) -> None:
 
       train      training bytes/s, same shape, batch and data, interleaved, medians
       quality    bits per byte after equal minutes, the peer by its own script's recipe
-                 --peer-minutes=M --seeds=N   the peer for longer: is it reached in a tenth of the time? by how many seeds
+                 --peer-minutes=M --seeds=N   the peer for longer: do all seeds reach it in a tenth of the time?
                  --peer-config=FILE           the peer's shape and rows, also what is scored (configs/bench/small.yaml)
       generate   bytes/s of one sequence of 1,024 bytes and of a batch, interleaved, medians
                  --batch=N --prompt-bytes=N  rows of the batch (32); also the time to the first byte after such a prompt
