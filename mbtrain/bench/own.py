@@ -179,8 +179,8 @@ def _training(
             advance(spent / seconds)
         return {"steps": done[0], "bytes": done[0] * rows * seq_len}
 
-    def score(path: str, windows: int) -> dict[str, Any]:
-        """Nats over all bytes of the file's first windows, by the fp32 weights, as `mbtrain eval` does."""
+    def score(path: str, windows: int, seq_len: int) -> dict[str, Any]:
+        """Nats over all bytes of the file's first windows of seq_len, by the fp32 weights, as `mbtrain eval` does."""
         assert weights is not None
         model = build(settings)
         model.load_state_dict(weights())

@@ -112,7 +112,7 @@ def handlers(shape: dict[str, Any]) -> Handlers:
         return {"steps": done["steps"], "bytes": done["batches"] * shape["rows"] * seq_len}
 
     @torch.inference_mode()
-    def score(path: str, windows: int) -> dict[str, Any]:
+    def score(path: str, windows: int, seq_len: int) -> dict[str, Any]:
         """Nats over all bytes of the file's first windows, byte 0 and each window's first byte included.
 
         The peer's own loss ignores byte 0, and its forward without a loss leaves out the first position; so the logits

@@ -242,6 +242,8 @@ def bench(*what: str, json: str = "", **options: str) -> None:
                  --threads=N --ranks=N       also as so many ranks that share the threads             (1; 1)
       roofline   each part of the model, forward and backward, against operations and bytes over what is reached here
       quality    bits per byte after equal minutes, the peer by its own script's recipe
+                 --peer-minutes=M --seeds=N   the peer for longer: do all seeds reach it in a tenth of the time?
+                 --peer-config=FILE           the peer's shape and rows, also what is scored (configs/bench/small.yaml)
       generate   bytes/s of one sequence of 1,024 bytes and of a batch, interleaved, medians
                  --batch=N --prompt-bytes=N  rows of the batch (32); also the time to the first byte after such a prompt
                  --peer-bytes=N              forward passes at N lengths in place of the peer's whole minute

@@ -15,6 +15,7 @@ import pytest
 from mbtrain import config
 from mbtrain.bench import VERBS, generation, measure, own
 from mbtrain.bench import peer as peer_worker
+from mbtrain.bench.quality import reached_in_a_tenth
 from mbtrain.config import Config
 from mbtrain.errors import ConfigError, MbtrainError
 from mbtrain.model import build
@@ -164,16 +165,58 @@ def test_engine_and_bare_loop_make_the_same_updates(tmp_path: Path, shards: Path
     assert losses["bare"][-1] < losses["bare"][0]
 
 
-def test_quality_scores_every_byte_of_the_first_windows(tmp_path: Path, shards: Path, monkeypatch: Any) -> None:
+def test_quality_scores_every_byte_of_the_peers_windows(tmp_path: Path, shards: Path, monkeypatch: Any) -> None:
+    """Ours may train on other rows, in another shape: what is scored is the peer's."""
     monkeypatch.chdir(tmp_path)
-    path = str(tiny_file(tmp_path, shards))
-    figures = VERBS["quality"](config=path, minutes="0.02", windows="3", clock="cpu")
+    peers = str(tiny_file(tmp_path, shards))
+    own = tmp_path / "own.yaml"
+    short = {"path": str(shards), "boundary": False, "seq_len": 16}
+    tree = tiny.tree(2, data=short, train={"zero_stage": 1}, model={"positions": "rotary"})
+    own.write_text(config.to_yaml(config.validate(tree)))
+    options = {"config": str(own), "peer_config": peers, "windows": "3", "clock": "cpu"}
+    figures = VERBS["quality"](**options, minutes="0.01", peer_minutes="0.1", seeds="2")
     assert figures["val_bytes"] == 3 * 32
     assert 0 < figures["bpb"] < 9
-    assert figures["peer_bpb"] is None
-    assert figures["by_seed"]["engine"][0]["steps"] > 0
+    assert figures["peer_bpb"] is figures["peer_bpb_by_seed"] is figures["reached_in_a_tenth"] is None
+    runs = figures["by_seed"]["engine"]
+    assert [run["seed"] for run in runs] == [0, 1]
+    assert all(run["steps"] > 0 and run["bytes"] % 16 == 0 for run in runs)
+    spread = figures["bpb_by_seed"]
+    assert spread["min"] <= spread["median"] <= spread["max"]
+    assert spread["mean"] == pytest.approx((runs[0]["bpb"] + runs[1]["bpb"]) / 2)
+    assert (figures["minutes"], figures["peer_minutes"]) == pytest.approx((0.01, 0.1))
     with pytest.raises(ConfigError, match=r"--clock"):
-        VERBS["quality"](config=path, clock="sun")
+        VERBS["quality"](config=peers, clock="sun")
+
+
+def test_quality_refuses_what_could_not_be_scored(tmp_path: Path, shards: Path) -> None:
+    peers = str(tiny_file(tmp_path, shards))
+    for sections, complaint in (
+        ({"data": {"path": str(shards), "boundary": True}}, r"data\.boundary"),
+        (
+            {"data": {"path": str(shards), "boundary": False, "seq_len": 16}, "model": {"positions": "learned"}},
+            r"data\.seq_len: got 16, expected the 32",
+        ),
+    ):
+        own = tmp_path / "own.yaml"
+        own.write_text(config.to_yaml(config.validate(tiny.tree(2, **sections))))
+        with pytest.raises(ConfigError, match=complaint):
+            VERBS["quality"](config=str(own), peer_config=peers)
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "share", "reached"),
+    [
+        ({"max": 3.0}, {"min": 3.0}, 0.1, True),
+        ({"max": 3.1}, {"min": 3.0}, 0.1, False),
+        ({"max": 2.0}, {"min": 3.0}, 0.2, None),
+        ({"max": 2.0}, None, 0.1, None),
+    ],
+)
+def test_a_tenth_is_reached_by_the_worst_seed_against_the_best(
+    own: dict[str, float], theirs: dict[str, float] | None, share: float, reached: bool | None
+) -> None:
+    assert reached_in_a_tenth(own, theirs, share) is reached
 
 
 def test_generate_and_deepspeed_give_their_keys(tmp_path: Path, shards: Path, monkeypatch: Any) -> None:
@@ -202,7 +245,7 @@ def test_the_peer_answers_every_request_and_scores_byte_0(tmp_path: Path, shards
         trained = ask("train", seconds=0.2, by="cpu")
         assert trained["bytes"] % (4 * 4 * 32) == 2 * 4 * 32, "2 single batches, then 4 a step"
         for path in (tmp_path / "val.bytes", tmp_path / "zeros"):
-            score = ask("score", path=str(path), windows=2)
+            score = ask("score", path=str(path), windows=2, seq_len=32)
             assert score["bytes"] == 64
             assert 0 < score["nats"] / 64 < 10
         assert ask("forward", rows=2, length=7)["wall_s"] > 0
