@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on one machine under deepspeed, with a rank on each GPU; and goes on where the run was when called again.
 #   bash launch/node.sh CONFIG [--run=DIR] [--section.key=value ...]
-#   RANKS=2 bash launch/node.sh configs/quickstart.yaml           on a CPU (default there: 2 ranks that share the cores)
+#   RANKS=2 bash launch/node.sh configs/quickstart.yaml           on a CPU (default there: 1 rank with all cores)
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=node-a bash launch/node.sh CONFIG      and NODE_RANK=1 on the other machine, no ssh
 #
 # SIGTERM, SIGUSR1 and Ctrl-C are handed to the ranks, which save and end; the deepspeed command alone would die of
@@ -29,7 +29,7 @@ read -r ranks world free_port < <("$python" - "$nodes" "${RANKS:-0}" <<'PYTHON'
 import base64, json, os, socket, sys, torch
 nodes, ranks = int(sys.argv[1]), int(sys.argv[2])
 gpus = torch.cuda.device_count()
-ranks = ranks or gpus or min(2, len(os.sched_getaffinity(0)))
+ranks = ranks or gpus or 1
 visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 slots = visible[:ranks] if len(visible) >= ranks else list(range(ranks))
 world = base64.urlsafe_b64encode(json.dumps({f"node{i}": slots for i in range(nodes)}).encode()).decode()
