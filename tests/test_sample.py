@@ -615,7 +615,8 @@ def training(run: Path, **section: Any) -> Session:
     engine = SimpleNamespace(weights=lambda: weights.items())
     ranks = SimpleNamespace(rank=0, device=torch.device("cpu"))
     return cast(
-        Session, SimpleNamespace(settings=settings_, run=run, ranks=ranks, engine=engine, clock=session.Clock())
+        Session,
+        SimpleNamespace(settings=settings_, run=run, ranks=ranks, engine=engine, clock=session.Clock(), unwritten=[]),
     )
 
 

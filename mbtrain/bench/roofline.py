@@ -45,12 +45,23 @@ def roofline(
 
     from mbtrain import engine
 
+    before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     torch.set_flush_denormal(True)
     engine.keep_memory()
+    try:
+        return measure.machine(n_threads) | {"config": config} | _measured(settings, n_rounds, n_threads)
+    finally:  # the caller's arithmetic is its own
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+
+
+def _measured(settings: Config, n_rounds: int, n_threads: int) -> dict[str, Any]:
+    """Peak, bandwidth, and every part's row of the table."""
+    import torch
+
     torch.manual_seed(settings.train.seed)
     clock = time.process_time if n_threads == 1 else time.perf_counter
-    figures = measure.machine(n_threads)
     parts = _parts(settings)
     a = torch.ones(1024, 1024, dtype=parts[0].inputs[0].dtype)
     long, other = torch.ones(1 << 24), torch.empty(1 << 24)
@@ -65,8 +76,7 @@ def roofline(
     bandwidth = 2 * long.numel() * 4 / min(took["copy"])
     rows = {part.name: part.held_against(statistics.median(took[part.name]), peak, bandwidth) for part in parts}
     whole = {key: sum(row[key] for row in rows.values()) for key in ("seconds", "floor_s", "flops", "product_s")}
-    return figures | {
-        "config": config,
+    return {
         "precision": settings.train.precision,
         "rounds": n_rounds,
         "peak_flops": peak,

@@ -21,14 +21,19 @@ HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
+def compiler() -> str | None:
+    """The machine's C compiler: CC, or cc."""
+    return shutil.which(os.environ.get("CC", "cc"))
+
+
 @functools.cache
 def library(name: str, *flags: str) -> ctypes.CDLL | None:
     """NAME.c of this folder, built with these flags more, and loaded; None where that cannot be, or is not wanted."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("MBTRAIN_NATIVE") == "0":
+    found = compiler()
+    if found is None or os.environ.get("MBTRAIN_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(built(compiler, name, *flags)))
+        return ctypes.CDLL(str(built(found, name, *flags)))
     except (OSError, subprocess.SubprocessError):
         return None
 

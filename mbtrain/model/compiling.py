@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mbtrain.config import Config
-from mbtrain.model import fused
+from mbtrain.model import compiled, fused
 from mbtrain.model.layers import Transformer
 
 # A long row's chunks come in two lengths, with and without gradients, in each finer stage: torch's 8 are too few.
@@ -24,11 +24,12 @@ def is_compiled(config: Config, device: torch.device) -> bool:
     """train.compile, or where it is null: on a GPU, of a model whose rows always have the same shapes, whole weights.
 
     Words that end patches, subwords and a perceiver's spans differ from batch to batch; ZeRO-3's hooks inside a block
-    would cut it in pieces.
+    would cut it in pieces; without a C compiler torch's could not run.
     """
     if config.train.compile is not None:
         return config.train.compile
-    return device.type == "cuda" and config.model.in_chunks and config.train.zero_stage < 3
+    fits = config.model.in_chunks and config.train.zero_stage < 3
+    return device.type == "cuda" and fits and compiled.compiler() is not None
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:

@@ -13,6 +13,8 @@ import os
 import torch
 from torch import Tensor
 
+from mbtrain.model import compiled
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_IDS = 1024
 MOST_POSITIONS = 32
@@ -21,7 +23,7 @@ HEAD_WIDTHS = range(16, 129)
 
 @functools.cache
 def _found() -> bool:
-    if os.environ.get("MBTRAIN_FUSED") == "0":
+    if os.environ.get("MBTRAIN_FUSED") == "0" or compiled.compiler() is None:  # Triton builds its launchers with one
         return False
     try:
         importlib.import_module("mbtrain.model.gpu_kernels")
