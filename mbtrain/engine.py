@@ -262,8 +262,7 @@ class Engine:
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.ranks), dist_init_required=False
         )
         check_groups(groups, self.engine.optimizer.param_groups)
-        self._sums_itself = hasattr(self.engine.optimizer, "fp32_groups_gradients_flat")
-        if self._sums_itself:
+        if hasattr(self.engine.optimizer, "fp32_groups_gradients_flat"):
             self.engine.optimizer.update_hp_grads = self._take_gradients
             self.engine.optimizer.clear_hp_grads = self._forget_gradients
             self.engine.buffered_allreduce_fallback = self._average_gradients

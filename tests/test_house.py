@@ -123,6 +123,7 @@ STOREYS = [
     {"mbtrain.model.sequence", "mbtrain.model.flops", "mbtrain.model.loss", "mbtrain.model.patching"},
     {"mbtrain.model.mup", "mbtrain.model.chunks"},
     {"mbtrain.model.layers"},
+    {"mbtrain.model.steps"},
     {"mbtrain.model.native", "mbtrain.model.captured"},
     {
         "mbtrain.model.megabyte",

@@ -81,10 +81,4 @@ def _commands(launcher: str, given: list[str], ranks: int, threads: int) -> list
     command = [sys.executable, "-m", *train]
     if ranks == 1:
         return [(command, env)]
-    meeting = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    return [(command, {**env, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+    return [(command, {**env, **place}) for place in measure.places(ranks)]

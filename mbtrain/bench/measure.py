@@ -109,11 +109,8 @@ def own_worker(settings: Config, mode: str, folder: Path, threads: int, **variab
 @contextmanager
 def own_ranks(settings: Config, count: int, folder: Path, threads: int) -> Iterator[Ask]:
     """So many of mbtrain's workers as ranks of one training; of their answers the longest wall_s, and cpu_s summed."""
-    meeting = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    meeting["MASTER_PORT"] = free_port()
     with ExitStack() as stack:
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(count)]
-        asks = [stack.enter_context(own_worker(settings, "rank", folder, threads, **place)) for place in places]
+        asks = [stack.enter_context(own_worker(settings, "rank", folder, threads, **place)) for place in places(count)]
         pool = stack.enter_context(ThreadPoolExecutor(count))
 
         def ask(do: str, **request: Any) -> dict[str, Any]:
@@ -267,6 +264,13 @@ def machine(threads: int) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "commit": hardware.commit(),
     }
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """The environment of each of so many ranks that meet on this machine."""
+    meeting = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    meeting["MASTER_PORT"] = free_port()
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(count)]
 
 
 def free_port() -> str:

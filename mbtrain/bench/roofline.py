@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from mbtrain.bench import measure
@@ -63,7 +64,7 @@ def _measured(settings: Config, n_rounds: int, n_threads: int) -> dict[str, Any]
     torch.manual_seed(settings.train.seed)
     clock = time.process_time if n_threads == 1 else time.perf_counter
     parts = _parts(settings)
-    a = torch.ones(1024, 1024, dtype=parts[0].inputs[0].dtype)
+    a = torch.ones(1024, 1024, dtype=parts[0].x.dtype)
     long, other = torch.ones(1 << 24), torch.empty(1 << 24)
     took: dict[str, list[float]] = {name: [] for name in ("product", "copy", *(part.name for part in parts))}
     for number_of in range(n_rounds + 1):
@@ -93,27 +94,36 @@ def _seconds(clock: Clock, call: Callable[[], Any]) -> float:
     return clock() - began
 
 
+@dataclass(frozen=True)
 class _Part:
-    """A module and what goes into it; its products are counted as they happen, once."""
+    """A module, what goes into it, and by formula what that takes.
 
-    def __init__(self, name: str, forward: Callable[..., Tensor], inputs: list[Tensor], modules: list[nn.Module]):
-        self.name, self.forward, self.inputs, self.modules = name, forward, inputs, modules
-        self.products: list[tuple[int, int, int]] = []  # rows, in, out
-        self.attention, self.between = 0.0, 0.0
+    products    (rows, in, out) of each matrix product of the forward pass
+    attention   operations of attention, forward and backward
+    between     values that pass through memory between products, forward and backward
+    """
+
+    name: str
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    x: Tensor
+    products: list[tuple[int, int, int]]
+    between: float
+    attention: float = 0.0
 
     def run(self) -> None:
-        """Forward and backward pass, gradients of inputs and parameters."""
-        out = self.forward(*self.inputs)
+        """Forward and backward pass, gradients of input and parameters."""
+        out = self.forward(self.x)
         out.backward(out.detach())
-        for tensor in (*self.inputs, *(param for module in self.modules for param in module.parameters())):
+        for tensor in (self.x, *self.module.parameters()):
             tensor.grad = None
 
     def held_against(self, seconds: float, peak: float, bandwidth: float) -> dict[str, float]:
         """This part's row of the table."""
-        size = self.inputs[0].element_size()
+        size = self.x.element_size()
         flops = 6 * sum(m * k * n for m, k, n in self.products) + self.attention
         each = [3 * max(2 * m * k * n / peak, size * (m * k + k * n + m * n) / bandwidth) for m, k, n in self.products]
-        floor = sum(each) + max(self.attention / peak, 0.0) + size * self.between / bandwidth
+        floor = sum(each) + self.attention / peak + size * self.between / bandwidth
         return {
             "seconds": seconds,
             "floor_s": floor,
@@ -130,7 +140,7 @@ def _parts(settings: Config) -> list[_Part]:
 
     from mbtrain.config import batch_shape
     from mbtrain.model import build
-    from mbtrain.model.flops import pairs
+    from mbtrain.model.flops import count
     from mbtrain.model.loss import nats
     from mbtrain.model.megabyte import Megabyte
 
@@ -139,25 +149,27 @@ def _parts(settings: Config) -> list[_Part]:
     model.to(dtype).train()
     micro, _ = batch_shape(settings, 1)
     total = micro * settings.data.seq_len
+    counted = count(settings)
     parts = []
-    coarser = settings.data.seq_len
-    for i, (stage, made) in enumerate(zip(settings.model.stages, model.stages, strict=True)):
-        t, d, f = coarser // stage.patch_size, stage.d_model, stage.ff_width
-        n = total // stage.patch_size
-        x = torch.randn(n // t, t, d).to(dtype).requires_grad_()
-        name = f"stage {i}: {stage.n_layers} x {d}, {t} positions of {stage.patch_size} bytes"
-        transformer = cast("nn.Module", made.transformer)
-        part = _Part(name, transformer, [x], [transformer])
+    for i, (stage, made, of) in enumerate(zip(settings.model.stages, model.stages, counted.stages, strict=True)):
+        t = (settings.data.seq_len if i == 0 else settings.model.stages[i - 1].patch_size) // stage.patch_size
+        n, d, f = total // stage.patch_size, stage.d_model, stage.ff_width
         up = 2 * f if settings.model.block.activation == "swiglu" else f
-        part.products = [(n, d, 3 * d), (n, d, d), (n, d, up), (n, f, d)] * stage.n_layers
-        part.attention = stage.n_layers * 12 * n * d * pairs(t, stage.window)
-        # Two norms (2 tensors forward, 3 back), attention (4; 7: its inputs again), activation, two sums (3; 2).
-        part.between = stage.n_layers * n * (2 * 5 * d + 11 * d + 2.5 * (up + f) + 2 * 5 * d) + 5 * n * d
-        parts.append(part)
-        coarser = stage.patch_size
+        transformer = cast("nn.Module", made.transformer)
+        parts.append(
+            _Part(
+                f"stage {i}: {stage.n_layers} x {d}, {t} positions of {stage.patch_size} bytes",
+                transformer,
+                transformer,
+                torch.randn(n // t, t, d).to(dtype).requires_grad_(),
+                [(n, d, 3 * d), (n, d, d), (n, d, up), (n, f, d)] * stage.n_layers,
+                # Two norms (2 tensors forward, 3 back), attention (4; 7: its inputs again), activation, sums (3; 2).
+                stage.n_layers * n * (2 * 5 * d + 11 * d + 2.5 * (up + f) + 2 * 5 * d) + 5 * n * d,
+                3 * of.attention * total,
+            )
+        )
     v, d = model.vocab_size, settings.model.stages[-1].d_model
     ids = torch.randint(0, v, (1, total))
     x = torch.randn(1, total, d).to(dtype).requires_grad_()
-    last = _Part("logits and loss", lambda x: nats(model.logits(x), ids), [x], [model])
-    last.products, last.between = [(total, d, v)], 3 * total * v
+    last = _Part("logits and loss", model, lambda x: nats(model.logits(x), ids), x, [(total, d, v)], 3 * total * v)
     return [*parts, last]

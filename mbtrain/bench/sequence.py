@@ -66,13 +66,9 @@ def _on(count: int, settings: Config, steps: int, threads: int) -> dict[str, Any
         path = Path(folder) / "config.yaml"
         path.write_text(configuration.to_yaml(settings), encoding="utf-8")
         command = [sys.executable, "-m", "mbtrain.bench.sharing", str(path)]
-        meeting = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        meeting["MASTER_PORT"] = measure.free_port()
         asks = [
-            stack.enter_context(
-                measure.worker(command, f"rank {rank}", threads, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
-            )
-            for rank in range(count)
+            stack.enter_context(measure.worker(command, f"rank {place['RANK']}", threads, **place))
+            for place in measure.places(count)
         ]
         pool = stack.enter_context(ThreadPoolExecutor(count))
 

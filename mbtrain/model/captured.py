@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbtrain.model.layers import NORM_EPS, Block, LayerCache, activate
+from mbtrain.model.steps import Steps, is_plain
 
 if TYPE_CHECKING:
     from mbtrain.model.megabyte import Megabyte, Stage
@@ -32,12 +33,10 @@ Choice = tuple[int, float]  # only the first so many ids come, at this temperatu
 
 def covers(model: Megabyte) -> bool:
     """Whether this module has the model's step: on a GPU, not its extensions or kept apart documents."""
-    config = model.config
-    plain = config.without != "local" and not (config.cross_patch or config.conv_encoder or config.isolate_documents)
-    return plain and "logits" not in vars(model) and next(model.parameters()).device.type == "cuda"
+    return is_plain(model) and next(model.parameters()).device.type == "cuda"
 
 
-class Captured:
+class Captured(Steps):
     """A decoder's step and what it works on; the same calls as native.Native."""
 
     def __init__(
@@ -48,13 +47,12 @@ class Captured:
         caches: list[list[LayerCache]],
         angles: list[tuple[Tensor, Tensor] | None],
     ):
-        self.model, self.ids, self.stages, self.caches = model, ids, stages, caches
         like, (b, seq_len) = stages[0].pad.detach(), ids.shape
+        super().__init__([like.new_zeros((b, stage.transformer.stage.d_model)) for stage in stages], caches)
+        self.model, self.ids, self.stages, self.caches = model, ids, stages, caches
         self.n = ids.new_zeros(1)  # bytes so far
         self.points = torch.zeros((b, seq_len), dtype=torch.float64, device=ids.device)
         self.logits = like.new_zeros((b, model.vocab_size))
-        self.outputs = [like.new_zeros((b, stage.transformer.stage.d_model)) for stage in stages]
-        self.lasts = [(cache, cache.attn_last, cache.ffn_last) for layers in caches for cache in layers]
         self.turns = [None if table is None else doubled(*table) for table in angles]
         self.keys = [torch.arange(layers[0].keys.shape[2], device=ids.device) for layers in caches]
         self.bytes = [torch.arange(-stage.patch_size, 0, device=ids.device) for stage in stages]
@@ -81,15 +79,6 @@ class Captured:
         for number in range(n + 1, n + m + 1):
             self._play(number, (possible, temperature))
         return self.ids[:, n : n + m].clone(), self.logits.clone()
-
-    def take(self, outputs: list[Tensor | None]) -> None:
-        """Go on from where torch has brought the stages: their outputs, and what caches keep for token shift."""
-        for own, output in zip(self.outputs, outputs, strict=True):
-            if output is not None:
-                own.copy_(output)
-        for cache, attn_last, ffn_last in self.lasts:
-            cache.attn_last = attn_last.copy_(cache.attn_last)
-            cache.ffn_last = ffn_last.copy_(cache.ffn_last)
 
     def _play(self, n: int, choice: Choice | None) -> None:
         """The step that ends at byte n, of its kind."""

@@ -9,18 +9,11 @@
 #include <omp.h>
 #include <string.h>
 
-#include "exponential.h"
+#include "vectors.h"
 
 #define EPS 1e-5f
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 
 typedef uint16_t bf16;
 typedef float vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -43,6 +36,8 @@ INLINE void down(bf16 *to, vector x)
     *(narrow *)to = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), narrow);
 }
 
+INLINE vector larger(vector a, vector b) { return (vector)(((whole)a & (a > b)) | ((whole)b & ~(a > b))); }
+
 /* Sum, or the largest, of a vector's lanes; compilers would add them one after the other. */
 #define ACROSS(NAME, EXPRESSION)                                                       \
     INLINE float NAME(vector a)                                                        \
@@ -56,7 +51,7 @@ INLINE void down(bf16 *to, vector x)
         return a[0];                                                                   \
     }
 ACROSS(total, a + b)
-ACROSS(largest, (vector)(((whole)a & (a > b)) | ((whole)b & ~(a > b))))
+ACROSS(largest, larger(a, b))
 
 INLINE float dot(int64_t n, const float *a, const float *b)
 {
@@ -165,10 +160,7 @@ void nats(int64_t n, int64_t v, const bf16 *logits, const int64_t *ids, float *n
         for (int64_t i = 0; i < v; i++) wide[i] = one(logits[row * v + i]);
         for (int64_t i = v; i < room; i++) wide[i] = -INFINITY;
         vector best = at(wide), sum = {0};
-        for (int64_t i = LANES; i < room; i += LANES) {
-            whole better = at(wide + i) > best;
-            best = (vector)(((whole)at(wide + i) & better) | ((whole)best & ~better));
-        }
+        for (int64_t i = LANES; i < room; i += LANES) best = larger(at(wide + i), best);
         float most = largest(best), id = ids[row] < 0 || ids[row] >= v ? NAN : wide[ids[row]];
         for (int64_t i = 0; i < room; i++) wide[i] = exponential(wide[i] - most);
         for (int64_t i = 0; i < room; i += LANES) sum += at(wide + i);
@@ -326,10 +318,7 @@ INLINE void look(const Heads *of, int64_t t, int64_t c, int64_t room, const bf16
         for (int64_t j = 0; j <= i; j++) weights[i * room + j] = of->scale * dot(c, q + i * c, k + j * c);
     for (int64_t i = 0; i < t; i++) {
         vector best = at(weights + i * room);
-        for (int64_t j = LANES; j < room; j += LANES) {
-            whole better = at(weights + i * room + j) > best;
-            best = (vector)(((whole)at(weights + i * room + j) & better) | ((whole)best & ~better));
-        }
+        for (int64_t j = LANES; j < room; j += LANES) best = larger(at(weights + i * room + j), best);
         float most = largest(best);
         for (int64_t j = 0; j < room; j += LANES) put(weights + i * room + j, at(weights + i * room + j) - most);
     }

@@ -79,7 +79,7 @@ def turned(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (b, h, t, c) of (b, t, 3 h c): the first two normed, the first multiplied, both turned.
 
-    angles: cos and sin (t, c / 2), or None.
+    angles: cos and sin (t, c / 2) in fp32 on the CPU, contiguous, or None.
     """
     return cast(tuple[Tensor, Tensor, Tensor], _Turned.apply(qkv, h, angles, qk_norm, query_multiplier))
 
@@ -183,23 +183,19 @@ class _Embedding(torch.autograd.Function):
         return None, sums.to(dy.dtype)
 
 
-def _heads(
-    qkv: Tensor, h: int, angles: tuple[Tensor, Tensor] | None, qk_norm: bool, query_multiplier: float
-) -> tuple[Heads, list[Tensor]]:
-    """How cpu_kernels.c is told, and the tensors that it points to."""
+def _heads(qkv: Tensor, h: int, angles: tuple[Tensor, Tensor] | None, qk_norm: bool, query_multiplier: float) -> Heads:
+    """How cpu_kernels.c is told; it points to the angles, which the caller keeps."""
     b, t, width = qkv.shape
     c = width // (3 * h)
-    kept = [] if angles is None else [angle.to("cpu", torch.float32).contiguous() for angle in angles]
-    cos, sin = (angle.data_ptr() for angle in kept) if kept else (None, None)
-    made = Heads(b, t, h, c, cos, sin, int(qk_norm), query_multiplier, c**-0.5, torch.get_num_threads())
-    return made, kept
+    cos, sin = (None, None) if angles is None else (angle.data_ptr() for angle in angles)
+    return Heads(b, t, h, c, cos, sin, int(qk_norm), query_multiplier, c**-0.5, torch.get_num_threads())
 
 
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, h: int, *how: Any) -> tuple[Tensor, ...]:
         qkv = qkv.contiguous()
-        ctx.heads, ctx.kept = _heads(qkv, h, *how)
+        ctx.heads, ctx.how = _heads(qkv, h, *how), how
         q, k, v = qkv.new_empty(3, len(qkv), h, qkv.shape[1], ctx.heads.c)
         _run("turn", ctx.heads, qkv, q, k, v)
         ctx.save_for_backward(qkv)
@@ -218,7 +214,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, h: int, *how: Any) -> Tensor:
         qkv = qkv.contiguous()
-        ctx.heads, ctx.kept = _heads(qkv, h, *how)
+        ctx.heads, ctx.how = _heads(qkv, h, *how), how
         out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
         _run("attention", ctx.heads, qkv, out)
         ctx.save_for_backward(qkv)

@@ -227,6 +227,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def normed_heads(q: Tensor, k: Tensor, qk_norm: bool, query_multiplier: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys (..., c), normed over each head where the block does so, and the queries multiplied."""
+    if qk_norm:
+        q, k = (F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) for x in (q, k))
+    return (q if query_multiplier == 1 else q * query_multiplier), k
+
+
 def shift_half(x: Tensor, before: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
     """Token shift: the second half of the features comes from the position before; zeros (or `before`) at the first.
 
@@ -390,11 +397,7 @@ class Attention(nn.Module):
     def turned(self, qkv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, h, t, c) of positions from start on: cpu_kernels.turned in torch."""
         q, k, v = rearrange(qkv, "b t (n h c) -> n b h t c", n=3, h=self.n_heads)
-        if self.qk_norm:
-            q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
-            k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
-        if self.query_multiplier != 1:
-            q = q * self.query_multiplier
+        q, k = normed_heads(q, k, self.qk_norm, self.query_multiplier)
         if self.rotary:
             cos, sin = rotary_angles(start, qkv.shape[1], self.d_head, qkv.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

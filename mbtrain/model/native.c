@@ -10,7 +10,7 @@
 
 #include <string.h>
 
-#include "exponential.h"
+#include "vectors.h"
 
 #define PANEL 64
 #define EPS 1e-5f
@@ -18,13 +18,6 @@
 /* A product holds TILE rows of VECTORS sums in registers, of which there are 32 or 16. Vectors wider than the machine's
    would go through memory: 20 times slower. */
 #define VECTORS 4
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define TILE 6
 #else

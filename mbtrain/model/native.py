@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mbtrain.model import compiled
 from mbtrain.model.layers import Block, LayerCache
+from mbtrain.model.steps import Steps, is_plain
 
 if TYPE_CHECKING:
     from mbtrain.model.megabyte import Megabyte, Stage
@@ -76,14 +77,10 @@ def library() -> ctypes.CDLL | None:
 
 def covers(model: Megabyte) -> bool:
     """Whether native.c computes this model: not the paper's extensions, kept apart documents, or other precisions."""
-    config = model.config
-    plain = config.without != "local" and not (config.cross_patch or config.conv_encoder or config.isolate_documents)
-    # What somebody laid over `logits` must be asked.
-    own = "logits" not in vars(model)
-    return plain and own and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+    return is_plain(model) and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
 
 
-class Native:
+class Native(Steps):
     """A decoder's model, caches and row of bytes as native.c takes them; it holds what it points to.
 
     Large batches are shared by torch's number of threads. A row's bits do not depend on the rows beside it.
@@ -98,13 +95,11 @@ class Native:
         caches: list[list[LayerCache]],
         angles: list[tuple[Tensor, Tensor] | None],
     ):
+        widths = [stage.transformer.stage.d_model for stage in stages]
+        super().__init__([torch.zeros((len(ids), width), dtype=torch.float32) for width in widths], caches)
         self.library, self.vocab_size = library, model.vocab_size
         self.kept: list[Tensor] = []
         self.packs: dict[int, Tensor] = {}
-        self.lasts = [(cache, cache.attn_last, cache.ffn_last) for layers in caches for cache in layers]
-        self.outputs = [
-            torch.zeros((len(ids), stage.transformer.stage.d_model), dtype=torch.float32) for stage in stages
-        ]
         count = max(1, min(torch.get_num_threads(), len(ids) // ROWS_A_THREAD))
         bounds = [len(ids) * i // count for i in range(count + 1)]
         self.parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
@@ -141,15 +136,6 @@ class Native:
             call(self.models[0], self.parts[0])
         else:
             list(self.pool.map(call, self.models, self.parts))
-
-    def take(self, outputs: list[Tensor | None]) -> None:
-        """Go on from where torch has brought the stages: their outputs, and what caches keep for token shift."""
-        for own, output in zip(self.outputs, outputs, strict=True):
-            if output is not None:
-                own.copy_(output)
-        for cache, attn_last, ffn_last in self.lasts:
-            cache.attn_last = attn_last.copy_(cache.attn_last)
-            cache.ffn_last = ffn_last.copy_(cache.ffn_last)
 
     def _model(self, model: Megabyte, ids: Tensor, stages: list[_Stage], widest: int) -> _Model:
         block = model.config.block

@@ -42,13 +42,13 @@ from torch.utils.checkpoint import checkpoint
 from mbtrain.config import ModelConfig
 from mbtrain.model.decode import second_half
 from mbtrain.model.layers import (
-    NORM_EPS,
     Block,
     LayerCache,
     Transformer,
     attend,
     hidden,
     look_up,
+    normed_heads,
     pad,
     readout,
     rotary_angles,
@@ -80,11 +80,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, n: int, cache: LayerCache | None = None) -> Tensor:
         q = rearrange(self.q(x[:, x.shape[1] - n :]), "b n (h c) -> b h n c", h=self.n_heads)
         k, v = rearrange(self.kv(x), "b t (two h c) -> two b h t c", two=2, h=self.n_heads)
-        if self.qk_norm:
-            q = F.layer_norm(q, q.shape[-1:], eps=NORM_EPS)
-            k = F.layer_norm(k, k.shape[-1:], eps=NORM_EPS)
-        if self.query_multiplier != 1:
-            q = q * self.query_multiplier
+        q, k = normed_heads(q, k, self.qk_norm, self.query_multiplier)
         if self.rotary:
             cos, sin = rotary_angles(0 if cache is None else cache.used, x.shape[1], self.d_head, x.device)
             q, k = rotate(q, cos[-n:], sin[-n:]), rotate(k, cos, sin)

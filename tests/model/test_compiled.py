@@ -48,6 +48,6 @@ def test_another_header_is_another_library(tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(compiled.HERE, tmp_path / "model")
     monkeypatch.setattr(compiled, "HERE", tmp_path / "model")
     assert compiled.built(COMPILER, "native", "-fopenmp-simd") == built
-    header = tmp_path / "model" / "exponential.h"
+    header = tmp_path / "model" / "vectors.h"
     header.write_text(header.read_text() + "/* . */\n")
     assert compiled.built(COMPILER, "native", "-fopenmp-simd") != built

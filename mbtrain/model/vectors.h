@@ -1,6 +1,15 @@
 #include <math.h>
 #include <stdint.h>
 
+/* Floats in the widest vector of the machine. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
 /* e^x to 2 units in the last place, 0 below -87; unlike libm's, compilers make vectors of it. */
 static inline float exponential(float x)
 {
